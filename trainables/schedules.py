@@ -1,6 +1,6 @@
 """Weights that change over training, as data: constant, piecewise constant ("step") and linear.
 
-Progress is the share of training done, from 0 (before the first epoch) to 1 (after the last). As YAML or JSON:
+Progress is the share of training done, from 0 (before the first epoch) to 1 (after the last). As data:
 
     0.5                                        constant
     {step: [0.5, 0.7], shares: [0.7, 0.3]}     0.5 for the first 70 % of training, then 0.7
