@@ -1,0 +1,300 @@
+"""The journal of a sweep: an append-only file of events, one JSON object per line. It is the truth.
+
+MLflow is written from it and `--resume` replays it, so a killed driver or a dead server loses nothing. A line
+counts once its newline is there; every append is fsynced. Non-finite floats, which JSON lacks, are written as
+the strings "NaN", "Infinity" and "-Infinity" and read back as floats (everywhere but in `record`, which never
+holds them).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from engines.errors import InputError
+
+NAME, LOCK = "journal.jsonl", "journal.lock"
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+# What each event must carry beside `t` and `event`.
+EVENTS: dict[str, frozenset[str]] = {
+    "sweep": frozenset({"sweep_id", "name", "stage", "domain", "profile", "config_hash", "workload_hash"}),
+    "resume": frozenset({"command"}),
+    "trial": frozenset({"trial_id", "exp_id", "task_id", "role", "params", "saves"}),
+    "result": frozenset({"trial_id", "epoch", "metrics"}),
+    "stop": frozenset({"trial_id", "epoch", "reason", "detail"}),
+    "failed": frozenset({"trial_id", "error"}),
+    "record": frozenset({"trial_id", "record"}),
+    "file": frozenset({"path", "trial_id"}),
+    "end": frozenset({"status"}),
+}
+
+
+class Journal:
+    """The writer's end, one per sweep folder, which it locks until closed. For one thread at a time."""
+
+    def __init__(self, path: Path, fd: int, lock: int) -> None:
+        self.path, self._fd, self._lock = path, fd, lock
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Journal:
+        """Open or create the journal of `folder` and drop a torn last line.
+
+        Raises InputError when another process holds the folder (names its pid and host), when the folder
+        cannot be written, or when the journal is damaged before its end.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror}; expected a folder that can be written") from error
+        try:
+            _take(lock, folder)
+            path = folder / NAME
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                good = _good_bytes(path)
+                if os.fstat(fd).st_size > good:
+                    os.ftruncate(fd, good)
+                    os.fsync(fd)
+                _sync_folder(folder)
+            except BaseException:
+                os.close(fd)
+                raise
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(path, fd, lock)
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Write one event durably (write, fsync); `t` is added. See `append_many` for errors."""
+        self.append_many([(event, fields)])
+
+    def append_many(self, events: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Write several events with one fsync.
+
+        When the disk refuses, raises OSError (its errno kept, one line of message). Events whose line was
+        complete by then stay; of the one that was cut nothing is left, and the journal can be appended to
+        again.
+        """
+        t = round(time.time(), 3)
+        data = b"".join(_line(t, event, fields) for event, fields in events)
+        start = os.fstat(self._fd).st_size
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(self._fd, data[written:])
+            os.fsync(self._fd)
+        except OSError as error:
+            whole = start + data.rfind(b"\n", 0, written) + 1
+            os.ftruncate(self._fd, whole)
+            text = f"cannot write the journal ({error.strerror}): free some space, then go on with --resume"
+            raise OSError(error.errno, text, str(self.path)) from error
+
+    def close(self) -> None:
+        """Release the folder. Closing twice is harmless."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            os.close(self._lock)
+            self._fd = self._lock = -1
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _take(lock: int, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+        raise InputError(
+            f"{folder} is in use by {holder}: wait for it to end or stop it, or give another --storage"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def _sync_folder(folder: Path) -> None:
+    # A new file survives a power cut only once its folder entry is on disk too.
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _line(t: float, event: str, fields: Mapping[str, Any]) -> bytes:
+    missing = EVENTS[event] - fields.keys()
+    if missing:
+        raise TypeError(f"event {event!r} lacks {', '.join(sorted(missing))}")
+    text = json.dumps(_plain({"t": t, "event": event, **fields}), separators=(",", ":"), allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON data with the non-finite floats as strings; numpy scalars become Python numbers."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+        return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    raise TypeError(f"{type(value).__name__} cannot go into the journal: {value!r}")
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: item if key == "record" else _restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    return value
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The event of one line with its newline; None for a line that is cut or no event."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        data = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(data, dict) or not EVENTS.get(str(data.get("event")), {"?"}) <= data.keys():
+        return None
+    return {key: item if key == "record" else _restored(item) for key, item in data.items()}
+
+
+def _scan(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The events, each with the bytes up to its end; stops at a torn tail, InputError for a torn middle."""
+    end, torn = 0, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            event = parse(line)
+            if event is None:
+                torn = torn or number
+            elif torn:
+                # Dropping everything from here on would throw away good work: a person must look.
+                raise InputError(
+                    f"{path}: line {torn} is damaged, but good lines follow; expected one event per line"
+                )
+            else:
+                end += len(line)
+                yield event, end
+
+
+def _good_bytes(path: Path) -> int:
+    return max((end for _, end in _scan(path)), default=0)
+
+
+def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The events in order, without a torn last line; InputError without a journal or with a damaged one."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such journal; expected the folder of a sweep that was started before")
+    return (event for event, _ in _scan(Path(path)))
+
+
+@dataclass
+class TrialState:
+    """What the journal says of one trial. `results`: (epoch from 1, metrics), epochs strictly increasing."""
+
+    trial_id: str
+    exp_id: str
+    task_id: str
+    role: str
+    params: dict[str, Any]
+    saves: str | None
+    results: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    stop: tuple[int, str, str] | None = None
+    error: str | None = None
+    record: dict[str, Any] | None = None
+
+    @property
+    def drops(self) -> list[float]:
+        """Validation drop after each evaluation; NaN where a result has none."""
+        return [metrics.get("val_drop", math.nan) for _, metrics in self.results]
+
+    @property
+    def epoch(self) -> int:
+        """Last epoch with a result, 0 before the first."""
+        return self.results[-1][0] if self.results else 0
+
+
+@dataclass
+class SweepState:
+    """What the journal says of the sweep. `header` is empty only for a journal cut within its first line."""
+
+    header: dict[str, Any] = field(default_factory=dict)
+    trials: dict[str, TrialState] = field(default_factory=dict)
+    files: list[tuple[str, str | None]] = field(default_factory=list)
+    ended: str | None = None
+
+    @classmethod
+    def replay(cls, path: str | Path) -> SweepState:
+        """Read the journal from its start; errors as in `read_events`."""
+        state = cls()
+        for event in read_events(path):
+            state.apply(event)
+        return state
+
+    def apply(self, event: Mapping[str, Any]) -> bool:
+        """Take in one event; False when it says nothing new (an epoch or a trial that is known already)."""
+        kind = event["event"]
+        if kind == "sweep":
+            self.header = self.header or dict(event)
+        elif kind == "resume":
+            self.ended = None
+        elif kind == "end":
+            self.ended = event["status"]
+        elif kind == "trial":
+            if event["trial_id"] in self.trials:
+                return False
+            names = ("trial_id", "exp_id", "task_id", "role", "params", "saves")
+            self.trials[event["trial_id"]] = TrialState(*(event[name] for name in names))
+        elif kind == "file":
+            entry = (event["path"], event["trial_id"])
+            if entry not in self.files:  # a second event says that the file was written again
+                self.files.append(entry)
+        else:
+            return self._apply_to_trial(kind, event)
+        return True
+
+    def _apply_to_trial(self, kind: str, event: Mapping[str, Any]) -> bool:
+        trial = self.trials.get(event["trial_id"])
+        if trial is None:
+            raise InputError(f"journal: {kind} of trial {event['trial_id']}, which was never announced")
+        if kind == "result":
+            if event["epoch"] <= trial.epoch:
+                return False
+            trial.results.append((event["epoch"], event["metrics"]))
+            trial.error = None  # it was tried again and lives
+        elif kind == "stop":
+            trial.stop = (event["epoch"], event["reason"], event["detail"])
+        elif kind == "failed":
+            trial.error = event["error"]
+        else:
+            trial.record = event["record"]
+        return True
