@@ -4,6 +4,7 @@
 class InputError(ValueError):
     """A value that a user gave and that cannot be used.
 
-    The message is one line that names the value, says what was expected and what to do. Command lines print it as
-    ``error: <message>`` and exit with code 2; everything else that is raised is a defect and keeps its traceback.
+    The message is one line that names the value, says what was expected and what to do. Command lines print
+    it as ``error: <message>`` and exit with code 2; everything else that is raised is a defect and keeps
+    its traceback.
     """
