@@ -214,7 +214,9 @@ def _to_pointmap(raw: Tensor) -> tuple[Tensor, Tensor]:
     """Raw maps (..., 4) -> points (..., 3) at expm1 of the raw distance, and confidence 1 + exp (...)."""
     xyz, conf = raw[..., :3], raw[..., 3]
     distance = xyz.norm(dim=-1, keepdim=True)
-    return xyz * (torch.expm1(distance) / distance.clamp(min=1e-8)), 1 + conf.exp()
+    # expm1(d) = tanh(d / 2) (exp(d) + 1): as exact near zero, and ONNX has no expm1.
+    scaled = torch.tanh(distance / 2) * (distance.exp() + 1)
+    return xyz * (scaled / distance.clamp(min=1e-8)), 1 + conf.exp()
 
 
 class DUSt3R(nn.Module):
@@ -348,9 +350,12 @@ class DUSt3R(nn.Module):
             return (*_to_pointmap(raw1), *_to_pointmap(raw2))
 
     def features(
-        self, img1: Tensor, img2: Tensor, blocks: bool = False
+        self, img1: Tensor, img2: Tensor, blocks: bool = False, symmetric: bool = False
     ) -> tuple[Pointmaps, dict[str, Tensor]]:
         """The pointmaps (see ``pointmaps``) and the hidden states they came from.
+
+        With symmetric (views of equal shape only) the batch is followed by the same pairs with their views swapped,
+        2B in all, though each image is encoded once.
 
         'enc1', 'enc2' (B, N, enc_embed_dim) after enc_norm; 'dec1', 'dec2' (B, N, dec_embed_dim) after
         dec_norm. With blocks (views of equal shape only): 'enc_block{i}' over the batch of both views
@@ -359,6 +364,8 @@ class DUSt3R(nn.Module):
         hw1, hw2 = (img1.shape[-2], img1.shape[-1]), (img2.shape[-2], img2.shape[-1])
         enc_blocks: list[Tensor] | None = [] if blocks else None
         feat1, feat2 = self._encode_pair(img1, img2, enc_blocks)
+        if symmetric:
+            feat1, feat2 = torch.cat((feat1, feat2)), torch.cat((feat2, feat1))
         raw1, raw2 = self._decode(feat1, hw1, feat2, hw2)
         list1, list2 = self._normed(raw1), self._normed(raw2)
         states = {"enc1": feat1, "enc2": feat2, "dec1": list1[-1], "dec2": list2[-1]}
