@@ -1,0 +1,99 @@
+"""python -m analysis pareto|table --tracking-uri URI --sweep NAME ...: pictures and tables of a logged sweep."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from trainables.record import InputError
+
+_EXAMPLES = """examples:
+  python -m analysis pareto --tracking-uri sqlite:///runs/mlflow.db --sweep k_grid_demo_seed42 --out pictures
+  python -m analysis table --tracking-uri http://127.0.0.1:5000 --sweep k_grid_small_seed42 --csv verdicts.csv
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m analysis",
+        description="Pictures and tables of a sweep that is logged in MLflow.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument(
+        "--tracking-uri",
+        required=True,
+        metavar="URI",
+        help="sqlite:///path/mlflow.db or the address of a server",
+    )
+    source.add_argument("--sweep", required=True, metavar="NAME", help="the sweep's run name (or run id)")
+    commands = top.add_subparsers(dest="command", required=True)
+    pareto = commands.add_parser(
+        "pareto",
+        parents=[source],
+        help="quality against latency: pareto.csv, pareto.png, pareto.html; learning curves: curves.png",
+    )
+    pareto.add_argument("--out", required=True, metavar="DIR", help="folder for the files, made if missing")
+    pareto.add_argument(
+        "--no-log", action="store_true", help="do not attach the files to the sweep's run in MLflow"
+    )
+    table = commands.add_parser("table", parents=[source], help="the verdict table")
+    table.add_argument("--csv", metavar="FILE", help="also write it as CSV, with full precision")
+    table.add_argument("--markdown", metavar="FILE", help="also write it as Markdown")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 2 after a one-line error."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.command == "pareto":
+            _pareto(options)
+        else:
+            _table(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _pareto(options: argparse.Namespace) -> None:
+    from analysis import pareto, store
+
+    data = store.load(options.tracking_uri, options.sweep)
+    computed = pareto.compute(data)
+    paths = pareto.write(data, computed, options.out)
+    for note in data.notes:
+        print(note)
+    if computed.left_out:
+        print("not in the picture: " + ", ".join(f"{name} ({why})" for name, why in computed.left_out))
+    for path in paths:
+        print(path)
+    if not options.no_log:
+        pareto.log_files(options.tracking_uri, data.run_id, paths)
+
+
+def _table(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from analysis import store, table
+
+    data = store.load(options.tracking_uri, options.sweep, curve_keys=())
+    records = data.trials.to_dicts()
+    rendered = table.render(records, data.settings, data.name)
+    for path, text in (
+        (options.csv, lambda: table.csv_text(records)),
+        (options.markdown, lambda: table.markdown(records, data.settings)),
+    ):
+        if path:
+            table.save(path, text())
+    for note in data.notes:
+        print(note)
+    console = Console()
+    # A pipe has no width: wide enough that no cell is folded away from whoever reads the file.
+    (console if console.is_terminal else Console(width=160)).print(rendered)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Learning curves of a sweep as PNG: who was stopped when, and why."""
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes as MplAxes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import picture, style
+from analysis.labels import short, spread
+from analysis.pareto import Kind, Pareto, caption, is_stop, kind_of
+from analysis.scale import Scale, choose, limits
+from analysis.store import SweepData
+
+LABELS_AT_MOST = 14
+# Shape tells the reasons apart, as colour cannot for 40 thin lines.
+REASON_MARKS: Mapping[str, str] = {"stop_loss": "x", "plateau": "s", "asha": "v", "diverged": "*"}
+OTHER_MARK = "P"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One trial's validation drop: ``drop`` in percent after each of ``epochs``; non-finite values are kept."""
+
+    exp_id: str
+    kind: Kind
+    epochs: tuple[int, ...]
+    drop: tuple[float, ...]
+    stop_reason: str | None
+
+    @property
+    def last(self) -> tuple[int, float] | None:
+        """The last finite value and its epoch."""
+        finite = [(e, d) for e, d in zip(self.epochs, self.drop, strict=True) if math.isfinite(d)]
+        return finite[-1] if finite else None
+
+
+def compute(data: SweepData, key: str = "val_drop") -> tuple[Curve, ...]:
+    """The curves of all trials that have one, in the order of the trials."""
+    by_run: dict[str, list[tuple[int, float]]] = {}
+    for run_id, name, step, value in data.curves.iter_rows():
+        if name == key:
+            by_run.setdefault(run_id, []).append((step, 100 * value))
+    curves = []
+    for row in data.trials.to_dicts():
+        points = by_run.get(row["run_id"])
+        if points and row["role"] != "teacher":
+            epochs, drops = zip(*points, strict=True)
+            reason = row.get("stop_reason")
+            curves.append(
+                Curve(str(row["exp_id"]), kind_of(row), epochs, drops, reason if is_stop(reason) else None)
+            )
+    return tuple(curves)
+
+
+def draw(data: SweepData, pareto: Pareto, path: Path) -> None:
+    """Write the picture to ``path`` (PNG, 1600 x 1024 pixels)."""
+    curves = compute(data)
+    figure = Figure(figsize=(picture.WIDTH_IN, picture.HEIGHT_IN), dpi=picture.DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    foot = textwrap.wrap("  ·  ".join(caption(data.trials.to_dicts())), 135)
+    bottom = 0.135 + 0.028 * len(foot)
+    labels = _label_texts(curves)
+    right = 0.80 if labels else 0.98
+    ax = figure.add_axes((0.085, bottom, right - 0.085, 0.825 - bottom))
+    picture.frame(figure, ax, "Validation drop while training", pareto.sweep, pareto.headline, foot)
+    if any(curve.last for curve in curves):
+        _plot(figure, ax, curves, pareto, labels)
+    else:
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "no validation drop is logged yet", ha="center", color=style.MUTED, fontsize=12)
+    picture.save(figure, path)
+
+
+def _plot(
+    figure: Figure, ax: MplAxes, curves: Sequence[Curve], pareto: Pareto, labels: Mapping[str, str]
+) -> None:
+    limit = pareto.gate.drop_pct if pareto.gate else None
+    drops = [value for curve in curves for value in curve.drop if math.isfinite(value)]
+    scale = choose(drops, limit)
+    low, high = limits(scale, [*drops, 0.0, *([limit] if limit is not None else [])])
+    last_epoch = max(curve.epochs[-1] for curve in curves)
+    first_epoch = min(curve.epochs[0] for curve in curves)
+    axes = style.Axes(
+        Scale(), scale, (first_epoch - 0.4, last_epoch + max(0.4, 0.02 * last_epoch)), (low, high)
+    )
+    picture.set_axes(ax, axes, "epoch", "◀ better      drop on the validation split (%)")
+    if pareto.gate and limit is not None:
+        picture.gate_line(ax, axes, limit, pareto.gate.text)
+    faint = 1.0 if len(curves) <= 12 else 0.55
+    for curve in curves:
+        look = style.plain(curve.kind)
+        places = [scale.map(value) if math.isfinite(value) else math.nan for value in curve.drop]
+        stopped = curve.kind == "stopped"
+        ax.plot(
+            curve.epochs, places, color=look.colour, linewidth=1.1 if stopped else 1.8, alpha=faint * look.alpha,
+            linestyle=(0, (4, 1.5)) if curve.kind == "fail" else "-", zorder=2 if stopped else 3,
+            marker="." if len(curves) <= 6 else None, markersize=4,
+        )  # fmt: skip
+        _end(ax, curve, scale)
+    figure.legend(
+        handles=_handles(curves), loc="upper left", bbox_to_anchor=(0.012, 0.905), ncols=9, frameon=False,
+        fontsize=9, handletextpad=0.5, columnspacing=1.4, labelcolor=style.INK,
+    )  # fmt: skip
+    if labels:
+        _name(figure, ax, curves, scale, labels)
+
+
+def _end(ax: MplAxes, curve: Curve, scale: Scale) -> None:
+    """A mark where the trial ended: the reason's shape, or a dot for one that ran to its last epoch."""
+    if curve.last is None:
+        return
+    epoch, value = curve.last
+    look = style.plain(curve.kind)
+    shape = REASON_MARKS.get(curve.stop_reason, OTHER_MARK) if curve.stop_reason else "o"
+    ax.plot(
+        [epoch], [scale.map(value)], marker=shape, markersize=6.5 if shape != "*" else 10, color=look.colour,
+        markerfacecolor="white" if shape in "sv" else look.colour, markeredgewidth=1.5 if shape in "xsv" else 0.5,
+        zorder=5, clip_on=False,
+    )  # fmt: skip
+
+
+def _handles(curves: Sequence[Curve]) -> list[Line2D]:
+    handles = []
+    for kind in ("pass", "fail", "unjudged", "stopped"):
+        if any(curve.kind == kind for curve in curves):
+            look = style.plain(kind)
+            dashes = (0, (4, 1.5)) if kind == "fail" else "-"
+            handles.append(
+                Line2D([], [], color=look.colour, linewidth=1.8, linestyle=dashes, label=look.word)
+            )
+    for reason, count in sorted(Counter(c.stop_reason for c in curves if c.stop_reason).items()):
+        shape = REASON_MARKS.get(reason, OTHER_MARK)
+        handles.append(
+            Line2D([], [], linestyle="none", marker=shape, color=style.MUTED, markersize=6.5,
+                   markerfacecolor="white" if shape in "sv" else style.MUTED, markeredgewidth=1.4,
+                   label=f"{reason} ({count})")
+        )  # fmt: skip
+    return handles
+
+
+def _label_texts(curves: Sequence[Curve]) -> dict[str, str]:
+    """Names at the right edge: all when they fit, else those not stopped, the best first."""
+    names = dict(zip((c.exp_id for c in curves), short([c.exp_id for c in curves]), strict=True))
+    shown = [c for c in curves if c.last]
+    if len(shown) > LABELS_AT_MOST:
+        shown = sorted((c for c in shown if c.kind != "stopped"), key=lambda c: c.last[1] if c.last else 0)
+    return {
+        c.exp_id: names[c.exp_id] + (f" · {c.stop_reason}" if c.stop_reason else "")
+        for c in shown[:LABELS_AT_MOST]
+    }
+
+
+def _name(
+    figure: Figure, ax: MplAxes, curves: Sequence[Curve], scale: Scale, labels: Mapping[str, str]
+) -> None:
+    named = [(curve, curve.last) for curve in curves if curve.exp_id in labels]
+    ends = [(curve, last) for curve, last in named if last is not None]
+    area = ax.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+    points = [ax.transData.transform((epoch, scale.map(value))) for _, (epoch, value) in ends]
+    centres = spread([float(y) for _, y in points], 13 * picture.DPI / 72, float(area.y0), float(area.y1))
+    inverse = ax.transData.inverted()
+    for (curve, _), point, centre in zip(ends, points, centres, strict=True):
+        edge = area.x1 + 12
+        line = inverse.transform([point, (area.x1, centre), (edge, centre)])
+        ax.plot(line[:, 0], line[:, 1], color="#b0b5ba", linewidth=0.6, zorder=1, clip_on=False)
+        x, y = inverse.transform((edge + 5, centre))
+        ax.text(x, y, labels[curve.exp_id], fontsize=8.5, va="center", clip_on=False,
+                color=style.MUTED if curve.kind == "stopped" else style.INK)  # fmt: skip

@@ -1,0 +1,363 @@
+"""Quality against latency: which trials are worth having, computed first and drawn elsewhere.
+
+Axes: p50 latency per pair in ms, and the drop of the primary metric against the teacher in percent (positive =
+worse). Less is better on both, so the front runs from the lower right (the teacher's side) to the upper left.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import moocore
+import numpy as np
+import polars as pl
+
+from analysis.store import RUN_COLUMNS, SweepData, load
+from trainables.record import EXTRAS, FIELDS, InputError
+
+Kind = Literal["teacher", "pass", "fail", "stopped", "unjudged"]
+Vertex = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured value with its interval; lo == hi == value where none was measured."""
+
+    value: float
+    lo: float
+    hi: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trial in the plane.
+
+    p50: ms per pair. drop: percent, positive = worse. kind: ``pass``, ``fail`` and ``unjudged`` (no gate) are trained to the
+    end, or stopped when they already met the gate; ``stopped`` were stopped before they did.
+    """
+
+    exp_id: str
+    kind: Kind
+    p50: Interval
+    drop: Interval
+    on_front: bool
+    stop_reason: str | None
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The sweep's gate; ``drop_pct`` is the line to draw, None when the gate is about another metric."""
+
+    text: str
+    drop_pct: float | None
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """Everything a picture of one sweep needs.
+
+    ``front``: points that no other beats in both, fastest first (stopped ones take no part). ``hypervolume``: area in
+    ms * percent between the front and ``reference`` = (p50 ms, drop percent): the teacher's p50 and the gate's limit, where
+    known, else a tenth beyond the worst point. ``left_out``: (exp_id, why) of trials that have no place in the plane.
+    """
+
+    sweep: str
+    points: tuple[Point, ...]
+    front: tuple[Point, ...]
+    reference: Vertex | None
+    hypervolume: float | None
+    gate: Limit | None
+    left_out: tuple[tuple[str, str], ...]
+    headline: str
+    caption: tuple[str, ...]
+
+
+def run(tracking_uri: str, sweep: str, out_dir: str | Path, log: bool = True) -> list[Path]:
+    """Write pareto.csv, pareto.png, pareto.html and curves.png into ``out_dir``, and return their paths.
+
+    log: also attach them to the sweep's parent run in MLflow. Raises InputError as ``analysis.store.load`` does, for runs
+    of different workloads, and for a folder that cannot be written.
+    """
+    data = load(tracking_uri, sweep)
+    paths = write(data, compute(data), out_dir)
+    if log:
+        log_files(tracking_uri, data.run_id, paths)
+    return paths
+
+
+def write(data: SweepData, pareto: Pareto, out_dir: str | Path) -> list[Path]:
+    """The files of ``run`` for a sweep already in memory; each appears whole or not at all."""
+    # matplotlib and plotly take a second to import: only for drawing
+    from analysis import curves, page, picture
+
+    folder = Path(out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / name for name in ("pareto.csv", "pareto.png", "pareto.html", "curves.png")]
+        for path in paths:
+            temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+            try:
+                match path.name:
+                    case "pareto.csv":
+                        frame(data, pareto).write_csv(temporary)
+                    case "pareto.png":
+                        picture.draw(pareto, temporary)
+                    case "pareto.html":
+                        temporary.write_text(page.render(pareto), encoding="utf-8")
+                    case _:
+                        curves.draw(data, pareto, temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {folder}: cannot be written ({error.strerror or error}); name another folder"
+        ) from error
+    return paths
+
+
+def compute(data: SweepData) -> Pareto:
+    """Points, front and hypervolume of a sweep. Raises InputError for trials of different workloads or no trial."""
+    rows = data.trials.to_dicts()
+    if not rows:
+        raise InputError(
+            f"--sweep {data.name}: no trial is logged yet; wait for its first or resume the sweep"
+        )
+    check_one_workload(rows)
+    gate = gate_of(data.settings)
+    candidates: list[Point] = []
+    left_out: list[tuple[str, str]] = []
+    for row in rows:
+        point = _point(row)
+        if isinstance(point, Point):
+            candidates.append(point)
+        else:
+            left_out.append((str(row["exp_id"]), point))
+    points = mark_front(candidates)
+    front = tuple(sorted((p for p in points if p.on_front), key=lambda p: (p.p50.value, p.drop.value)))
+    reference = _reference(points, gate)
+    return Pareto(
+        sweep=data.name,
+        points=points,
+        front=front,
+        reference=reference,
+        hypervolume=_hypervolume(front, reference),
+        gate=gate,
+        left_out=tuple(left_out),
+        headline=headline(rows, gate),
+        caption=caption(rows),
+    )
+
+
+def mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The same points with ``on_front`` set: not beaten in both p50 and drop by another that is not stopped.
+
+    Points with equal values are on the front together.
+    """
+    allowed = [i for i, point in enumerate(points) if point.kind != "stopped"]
+    if not allowed:
+        return tuple(points)
+    plane = np.array([(points[i].p50.value, points[i].drop.value) for i in allowed])
+    best = moocore.is_nondominated(plane, keep_weakly=True)
+    chosen = {i for i, keep in zip(allowed, best, strict=True) if keep}
+    return tuple(
+        Point(p.exp_id, p.kind, p.p50, p.drop, i in chosen, p.stop_reason, p.record)
+        for i, p in enumerate(points)
+    )
+
+
+def steps(front: Sequence[Point], top: float, right: float) -> list[Vertex]:
+    """Corners (ms, percent) of the front's step line, from the upper edge ``top`` to the right edge ``right``."""
+    line: list[Vertex] = []
+    for point in front:
+        x, y = point.p50.value, point.drop.value
+        line.append((x, line[-1][1] if line else max(top, y)))
+        line.append((x, y))
+    if line:
+        line.append((max(right, line[-1][0]), line[-1][1]))
+    return line
+
+
+def split_at(line: Sequence[Vertex], limit: float | None) -> tuple[list[Vertex], list[Vertex]]:
+    """A step line in two: the part above ``limit`` percent, and the part at or below it (all of it without a limit)."""
+    if limit is None:
+        return [], list(line)
+    above: list[Vertex] = []
+    for i, (x, y) in enumerate(line):
+        if y <= limit:
+            crossing = [(x, limit)] if above else []
+            return above + crossing, crossing + list(line[i:])
+        above.append((x, y))
+    return above, []
+
+
+def gate_of(settings: Mapping[str, str]) -> Limit | None:
+    """The gate in the parent run's settings (gate_metric, gate_at_most or gate_at_least), None without one."""
+    metric = settings.get("gate_metric")
+    if not metric or metric == "None":
+        return None
+    for key, sign in (("gate_at_most", "≤"), ("gate_at_least", "≥")):
+        try:
+            value = float(settings.get(key, ""))
+        except ValueError:
+            continue
+        if metric == "drop":
+            return Limit(f"drop {sign} {100 * value:g} %", 100 * value)
+        return Limit(f"{metric} {sign} {value:g}", None)
+    return None
+
+
+def check_one_workload(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError that lists the workloads when there is more than one: such results are not comparable."""
+    by_hash: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("workload_hash"):
+            by_hash.setdefault(str(row["workload_hash"]), []).append(str(row["exp_id"]))
+    if len(by_hash) > 1:
+        groups = "; ".join(
+            f"{key[:12]}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+            for key, names in by_hash.items()
+        )
+        raise InputError(
+            f"{len(by_hash)} different workloads cannot be compared ({groups}); measure all of them on one workload"
+        )
+
+
+def headline(rows: Sequence[Mapping[str, Any]], gate: Limit | None) -> str:
+    """One line of what came out, counted over all trials."""
+    trials = [row for row in rows if row["role"] != "teacher"]
+    passed = sum(row.get("verdict") == "pass" for row in trials)
+    stopped = sum(is_stop(row.get("stop_reason")) for row in trials)
+    what = (
+        f"{passed} of {len(trials)} trials meet the gate ({gate.text})" if gate else f"{len(trials)} trials"
+    )
+    return what + (f"  ·  {stopped} stopped early" if stopped else "")
+
+
+def caption(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Where the numbers come from: workload, domain, engine, device, in this order, only what is known."""
+    parts = []
+    for name, key in (("workload", "workload_hash"), ("domain", "domain"), ("profile", "profile"),
+                      ("engine", "engine"), ("device", "device")):  # fmt: skip
+        values = list(dict.fromkeys(str(row[key]) for row in rows if row.get(key)))
+        if values:
+            shown = [value[:12] for value in values] if key == "workload_hash" else values
+            parts.append(f"{name} {' / '.join(shown)}")
+    return tuple(parts)
+
+
+def frame(data: SweepData, pareto: Pareto) -> pl.DataFrame:
+    """All trials as a table: the 25 fields, the extras, the trials' own extras, then status, kind, on_front, left_out."""
+    placed = {id_of(point.record): point for point in pareto.points}
+    reasons = dict(pareto.left_out)
+    own = [name for name in data.trials.columns if name not in {*RUN_COLUMNS, *FIELDS, *EXTRAS}]
+    keys = [id_of(row) for row in data.trials.to_dicts()]
+    points = [placed.get(key) for key in keys]
+    return data.trials.select(*FIELDS, *EXTRAS, *own, "role", "status", "trial_id", "run_id").with_columns(
+        pl.Series("kind", [p.kind if p else None for p in points], dtype=pl.String),
+        pl.Series("on_front", [p.on_front if p else None for p in points], dtype=pl.Boolean),
+        pl.Series(
+            "left_out",
+            [None if p else reasons[e] for p, e in zip(points, data.trials["exp_id"], strict=True)],
+            dtype=pl.String,
+        ),
+    )
+
+
+def id_of(row: Mapping[str, Any]) -> str:
+    """What tells trials of one sweep apart: the MLflow run."""
+    return str(row["run_id"])
+
+
+def kind_of(row: Mapping[str, Any]) -> Kind:
+    """What a trial counts as; one that meets its gate passes even if its training was cut short."""
+    if row["role"] == "teacher":
+        return "teacher"
+    if row.get("verdict") == "pass":
+        return "pass"
+    if is_stop(row.get("stop_reason")):
+        return "stopped"
+    return "fail" if row.get("verdict") == "fail" else "unjudged"
+
+
+def is_stop(reason: Any) -> bool:
+    """Whether a stop reason says that a trial ended before its last epoch."""
+    return bool(reason) and reason != "completed"
+
+
+def _point(row: Mapping[str, Any]) -> Point | str:
+    """The row's place in the plane, or why it has none."""
+    teacher = row["role"] == "teacher"
+    p50 = _interval(row, "t_pair_p50_ms", "p50_lo", "p50_hi", 1.0)
+    # The teacher's drop against itself is zero by definition, whether or not it was written down.
+    drop = Interval(0.0, 0.0, 0.0) if teacher else _interval(row, "drop", "drop_lo", "drop_hi", 100.0)
+    missing = [name for name, value in (("p50", p50), ("drop", drop)) if value is None]
+    if p50 is None or drop is None:
+        why = f"no {' and no '.join(missing)}"
+        state = (
+            f"stopped: {row['stop_reason']}"
+            if is_stop(row.get("stop_reason"))
+            else str(row["status"]).lower()
+        )
+        return f"{why} ({state})"
+    reason = row.get("stop_reason")
+    return Point(str(row["exp_id"]), kind_of(row), p50, drop, False, reason if is_stop(reason) else None, row)
+
+
+def _interval(row: Mapping[str, Any], key: str, lo: str, hi: str, unit: float) -> Interval | None:
+    value = number(row.get(key))
+    if value is None:
+        return None
+    low, high = number(row.get(lo)), number(row.get(hi))
+    # An interval that leaves its value out (bootstrap of a ratio of means) is widened to it: bars have no negative length.
+    return Interval(
+        value * unit,
+        min(value if low is None else low, value) * unit,
+        max(value if high is None else high, value) * unit,
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite number, else None."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if ok else None
+
+
+def _reference(points: Sequence[Point], gate: Limit | None) -> Vertex | None:
+    if not points:
+        return None
+    teachers = [p.p50.value for p in points if p.kind == "teacher"]
+    slowest = max(p.p50.value for p in points)
+    worst = max(p.drop.value for p in points)
+    limit = gate.drop_pct if gate else None
+    return (
+        max(teachers) if teachers else 1.1 * slowest,
+        limit if limit is not None else worst + 0.1 * (abs(worst) or 1.0),
+    )
+
+
+def _hypervolume(front: Sequence[Point], reference: Vertex | None) -> float | None:
+    if reference is None:
+        return None
+    inside = [(p.p50.value, p.drop.value) for p in front]
+    inside = [(x, y) for x, y in inside if x < reference[0] and y < reference[1]]
+    return float(moocore.hypervolume(np.array(inside), ref=np.array(reference))) if inside else 0.0
+
+
+def log_files(tracking_uri: str, run_id: str, paths: Sequence[Path]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    try:
+        client = MlflowClient(tracking_uri=tracking_uri)
+        for path in paths:
+            client.log_artifact(run_id, str(path))
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--tracking-uri {tracking_uri}: the files are written to {paths[0].parent}, but could not be attached to "
+            f"run {run_id} ({first[:200]}); use --no-log to write them only"
+        ) from error

@@ -1,0 +1,223 @@
+"""The Pareto picture as PNG, drawn by matplotlib from a computed ``Pareto``."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes as MplAxes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import style
+from analysis.labels import Box, place
+from analysis.pareto import Pareto, Point, Vertex, split_at, steps
+from analysis.style import Axes, Mark
+
+WIDTH_IN, HEIGHT_IN, DPI = 10.0, 6.4, 160
+FONT = 9.5
+
+
+def draw(pareto: Pareto, path: Path) -> None:
+    """Write the picture to ``path`` (PNG, 1600 x 1024 pixels)."""
+    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    foot = [piece for line in style.footer(pareto) for piece in textwrap.wrap(line, 135)]
+    bottom = 0.135 + 0.028 * len(foot)
+    ax = figure.add_axes((0.085, bottom, 0.895, 0.825 - bottom))
+    frame(figure, ax, "Quality against latency", pareto.sweep, pareto.headline, foot)
+    if not pareto.points:
+        ax.set_axis_off()
+        ax.text(
+            0.5,
+            0.5,
+            "no trial has both a drop and a latency yet",
+            ha="center",
+            color=style.MUTED,
+            fontsize=12,
+        )
+    else:
+        _plane(figure, ax, pareto)
+    save(figure, path)
+
+
+def frame(figure: Figure, ax: MplAxes, title: str, sweep: str, headline: str, foot: Sequence[str]) -> None:
+    """Title, headline and caption around the axes, the same for every picture."""
+    figure.text(0.02, 0.955, title, fontsize=15, fontweight="bold", color=style.INK)
+    figure.text(0.98, 0.957, sweep, fontsize=10, color=style.MUTED, ha="right")
+    figure.text(0.02, 0.915, headline, fontsize=10.5, color=style.INK)
+    for i, line in enumerate(reversed(foot)):
+        figure.text(0.02, 0.02 + 0.028 * i, line, fontsize=8, color=style.MUTED)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color("#b8bcc0")
+    ax.tick_params(colors=style.MUTED, labelsize=9, length=3)
+    ax.grid(True, color=style.GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure without the library's version and date, so that equal data give equal bytes."""
+    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+
+
+def set_axes(ax: MplAxes, axes: Axes, x_title: str, y_title: str) -> None:
+    """Limits, ticks and titles; data go in as places on the axis."""
+    ax.set_xlim(*axes.x_range)
+    ax.set_ylim(*axes.y_range)
+    x_ticks = axes.x.ticks(axes.x_range[0], axes.right)
+    y_ticks = axes.y.ticks(style.unmap(axes.y, axes.y_range[0]), axes.top)
+    ax.set_xticks([axes.x.map(v) for v, _ in x_ticks], [label for _, label in x_ticks])
+    ax.set_yticks([axes.y.map(v) for v, _ in y_ticks], [label for _, label in y_ticks])
+    ax.set_xlabel(x_title, fontsize=10, color=style.INK, labelpad=6)
+    ax.set_ylabel(y_title, fontsize=10, color=style.INK, labelpad=6)
+
+
+def gate_line(ax: MplAxes, axes: Axes, limit: float, text: str) -> None:
+    """The gate: what lies beyond it is shaded, the line is named at its right end."""
+    place_y = axes.y.map(limit)
+    ax.axhspan(place_y, max(axes.y_range[1], place_y), color="#f6efe8", zorder=0, lw=0)
+    ax.axhline(place_y, color=style.GATE, linewidth=1.2, linestyle=(0, (6, 3)), zorder=1.5)
+    ax.annotate(
+        f"gate: {text}",
+        (1, place_y),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 3),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=8.5,
+        color=style.GATE,
+    )
+
+
+def _plane(figure: Figure, ax: MplAxes, pareto: Pareto) -> None:
+    axes = style.axes(pareto)
+    set_axes(ax, axes, *style.axis_words(pareto))
+    limit = pareto.gate.drop_pct if pareto.gate else None
+    if pareto.gate and limit is not None:
+        gate_line(ax, axes, limit, pareto.gate.text)
+    line = steps(pareto.front, axes.top, axes.right)
+    above, below = split_at(line, limit)
+    for part, dashes in ((above, (0, (1, 2))), (below, "-")):
+        if part:
+            ax.plot(
+                *_places(axes, part), color=style.FRONT, linewidth=1.6, alpha=0.75, linestyle=dashes, zorder=2
+            )
+    handles = [_marks(ax, axes, look, group) for look, group in style.kinds(pareto.points)]
+    handles.append(Line2D([], [], color=style.FRONT, linewidth=1.6, alpha=0.75, label="front"))
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.012, 0.905),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=9,
+        handletextpad=0.4,
+        columnspacing=1.4,
+        labelcolor=style.INK,
+    )
+    missing = _labels(figure, ax, axes, pareto, line)
+    if missing:
+        ax.annotate(
+            f"{missing} labels left out for room: pareto.html and pareto.csv have them",
+            (1, 1),
+            xycoords="axes fraction",
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=style.MUTED,
+        )
+
+
+def _places(axes: Axes, line: Sequence[Vertex]) -> tuple[list[float], list[float]]:
+    return [axes.x.map(x) for x, _ in line], [axes.y.map(y) for _, y in line]
+
+
+def _marks(ax: MplAxes, axes: Axes, look: Mark, group: Sequence[Point]) -> Line2D:
+    """Error bars under the markers of one kind; returns the legend's handle."""
+    xs, ys = _places(axes, [(p.p50.value, p.drop.value) for p in group])
+    x_bars = [
+        [x - axes.x.map(p.p50.lo) for x, p in zip(xs, group, strict=True)],
+        [axes.x.map(p.p50.hi) - x for x, p in zip(xs, group, strict=True)],
+    ]
+    y_bars = [
+        [y - axes.y.map(p.drop.lo) for y, p in zip(ys, group, strict=True)],
+        [axes.y.map(p.drop.hi) - y for y, p in zip(ys, group, strict=True)],
+    ]
+    faint = 0.55 if len(group) < 12 else 0.3
+    ax.errorbar(
+        xs, ys, xerr=x_bars, yerr=y_bars, fmt="none", ecolor=look.colour, elinewidth=1,
+        alpha=faint * look.alpha, zorder=3,
+    )  # fmt: skip
+    top = 6 if look is style.TEACHER else 5 if look.filled and look is not style.STOPPED else 4
+    (drawn,) = ax.plot(
+        xs, ys, linestyle="none", marker=look.mpl, markersize=look.size, color=look.colour, alpha=look.alpha,
+        markerfacecolor=look.colour if look.filled else "white",
+        markeredgecolor=style.INK if look is style.TEACHER else look.colour if not look.filled or look.mpl == "x" else "white",
+        markeredgewidth=1.6 if look.mpl == "x" else 1.3 if not look.filled else 0.8,
+        zorder=top, label=look.word, clip_on=False,
+    )  # fmt: skip
+    return drawn
+
+
+def _labels(figure: Figure, ax: MplAxes, axes: Axes, pareto: Pareto, line: Sequence[Vertex]) -> int:
+    """Name the points where there is room; returns how many had none."""
+    wanted = style.labelled(pareto)
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    texts = []
+    for point, text in wanted:
+        strong = point.on_front or point.kind == "teacher"
+        colour = style.MUTED if point.kind == "stopped" else style.INK
+        texts.append(
+            ax.text(0, 0, text, fontsize=FONT if strong else FONT - 1.3, color=colour,
+                    fontweight="bold" if strong and point.kind != "fail" else "normal", zorder=7)
+        )  # fmt: skip
+    sizes = [(box.width + 4, box.height) for box in (t.get_window_extent(renderer) for t in texts)]
+
+    def pixel(x: float, y: float) -> tuple[float, float]:
+        px, py = ax.transData.transform((axes.x.map(x), axes.y.map(y)))
+        return float(px), float(py)
+
+    unit = DPI / 72
+    anchors, hard, soft = [], [], []
+    for point, _ in wanted:
+        x, y = pixel(point.p50.value, point.drop.value)
+        half = style.mark(point).size / 2 * unit
+        anchors.append((x, y))
+        hard.append(Box(x - half, y - half, x + half, y + half))
+        (left, low), (right, high) = pixel(point.p50.lo, point.drop.lo), pixel(point.p50.hi, point.drop.hi)
+        soft += [Box(left, y - unit, right, y + unit), Box(x - unit, low, x + unit, high)]
+    corners = [pixel(x, y) for x, y in line]
+    for (ax0, ay0), (ax1, ay1) in zip(corners, corners[1:], strict=False):
+        soft.append(
+            Box(min(ax0, ax1) - unit, min(ay0, ay1) - unit, max(ax0, ax1) + unit, max(ay0, ay1) + unit)
+        )
+    area = ax.get_window_extent(renderer)
+    bounds = Box(area.x0, area.y0, area.x1, area.y1)
+    if pareto.gate and pareto.gate.drop_pct is not None:
+        _, gate = pixel(0, pareto.gate.drop_pct)
+        soft.append(Box(area.x0, gate - unit, area.x1, gate + unit))
+        hard.append(Box(area.x1 - 120 * unit, gate, area.x1, gate + 16 * unit))  # the gate's own name
+    missing = 0
+    for text, anchor, box in zip(texts, anchors, place(anchors, sizes, hard, soft, bounds), strict=True):
+        if box is None:
+            text.remove()
+            missing += 1
+            continue
+        inverse = ax.transData.inverted()
+        text.set_position(inverse.transform((box.left + 2, (box.bottom + box.top) / 2)))
+        text.set_verticalalignment("center")
+        _leader(ax, anchor, box, unit)
+    return missing
+
+
+def _leader(ax: MplAxes, anchor: tuple[float, float], box: Box, unit: float) -> None:
+    """A hair line to a label that had to move away from its point."""
+    x = min(max(anchor[0], box.left), box.right)
+    y = min(max(anchor[1], box.bottom), box.top)
+    if abs(x - anchor[0]) + abs(y - anchor[1]) > 11 * unit:
+        ends = ax.transData.inverted().transform([anchor, (x, y)])
+        ax.plot(ends[:, 0], ends[:, 1], color="#9aa0a6", linewidth=0.6, zorder=2.5)

@@ -1,0 +1,130 @@
+"""Colours, markers and words that all pictures share. Okabe and Ito's palette, safe for colour-blind readers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from analysis.labels import short
+from analysis.pareto import Kind, Pareto, Point
+from analysis.scale import Scale, choose, limits, unmap
+
+INK, MUTED, GRID, GATE, FRONT = "#1a1a1a", "#5f6368", "#e6e8eb", "#7a3b00", "#0072B2"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How a kind of point looks: shape and colour both tell kinds apart. ``plotly`` and ``mpl`` name the same shape."""
+
+    word: str
+    colour: str
+    mpl: str
+    plotly: str
+    size: float  # matplotlib points; plotly pixels are 1.35 times as many
+    filled: bool
+    alpha: float = 1.0
+
+
+TEACHER = Mark("teacher", "#E69F00", "*", "star", 15, True)
+PASS = Mark("meets the gate", "#0072B2", "o", "circle", 8.5, True)
+PASS_BEATEN = Mark("meets the gate, dominated", "#0072B2", "o", "circle-open", 7, False)
+FAIL = Mark("misses the gate", "#D55E00", "v", "triangle-down", 8.5, True)
+FAIL_BEATEN = Mark("misses the gate, dominated", "#D55E00", "v", "triangle-down-open", 7, False, 0.75)
+UNJUDGED = Mark("measured", "#009E73", "D", "diamond", 7, True)
+UNJUDGED_BEATEN = Mark("measured, dominated", "#009E73", "D", "diamond-open", 6, False, 0.8)
+STOPPED = Mark("stopped early", "#8a8f94", "x", "x-thin-open", 6.5, True, 0.7)
+MARKS = (TEACHER, PASS, PASS_BEATEN, FAIL, FAIL_BEATEN, UNJUDGED, UNJUDGED_BEATEN, STOPPED)
+
+_OF: Mapping[Kind, tuple[Mark, Mark]] = {
+    "teacher": (TEACHER, TEACHER),
+    "pass": (PASS, PASS_BEATEN),
+    "fail": (FAIL, FAIL_BEATEN),
+    "unjudged": (UNJUDGED, UNJUDGED_BEATEN),
+    "stopped": (STOPPED, STOPPED),
+}
+
+
+def mark(point: Point) -> Mark:
+    """The look of a point."""
+    return _OF[point.kind][0 if point.on_front else 1]
+
+
+def plain(kind: Kind) -> Mark:
+    """The look of a kind where the front plays no part."""
+    return _OF[kind][0]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Scales and limits of the plane; limits are places on the axis (after ``Scale.map``)."""
+
+    x: Scale
+    y: Scale
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    @property
+    def top(self) -> float:
+        """Upper edge in percent."""
+        return unmap(self.y, self.y_range[1])
+
+    @property
+    def right(self) -> float:
+        """Right edge in ms."""
+        return unmap(self.x, self.x_range[1])
+
+
+def axes(pareto: Pareto) -> Axes:
+    """Latency on a linear axis; drop linear too, or logarithmic beyond the gate where drops go far past it."""
+    limit = pareto.gate.drop_pct if pareto.gate else None
+    y = choose([p.drop.value for p in pareto.points], limit)
+    drops = [value for p in pareto.points for value in (p.drop.value, p.drop.lo, p.drop.hi)]
+    times = [value for p in pareto.points for value in (p.p50.value, p.p50.lo, p.p50.hi)]
+    x = Scale()
+    left, right = limits(x, times, 0.10)
+    y_values = [*drops, 0.0, *([limit] if limit is not None else [])]
+    return Axes(x, y, (max(left, 0.0), right), limits(y, y_values))
+
+
+def labelled(pareto: Pareto) -> list[tuple[Point, str]]:
+    """Points and their labels, the most important first: teacher, front, passing, failing, stopped with the reason."""
+    trials = [p for p in pareto.points if p.kind != "teacher"]
+    names = dict(zip((id(p) for p in trials), short([p.exp_id for p in trials]), strict=True))
+    rank = {"teacher": 0, "pass": 2, "unjudged": 3, "fail": 4, "stopped": 5}
+
+    def text(point: Point) -> str:
+        name = "teacher" if point.kind == "teacher" else names[id(point)]
+        return f"{name} · {point.stop_reason}" if point.stop_reason else name
+
+    order = sorted(pareto.points, key=lambda p: (rank[p.kind] if not p.on_front else min(1, rank[p.kind]),
+                                                 p.drop.value, p.exp_id))  # fmt: skip
+    return [(point, text(point)) for point in order]
+
+
+def kinds(points: Sequence[Point]) -> list[tuple[Mark, list[Point]]]:
+    """Points by look, in the legend's order, without empty groups."""
+    groups = [(look, [p for p in points if mark(p) == look]) for look in MARKS]
+    return [(look, group) for look, group in groups if group]
+
+
+def axis_words(pareto: Pareto) -> tuple[str, str]:
+    """Titles of the two axes, with units and the better direction."""
+    return "◀ faster      p50 latency per pair (ms)", "◀ better      drop against the teacher (%)"
+
+
+def footer(pareto: Pareto) -> list[str]:
+    """Caption lines: what was measured on what, hypervolume, and who is left out."""
+    lines = ["  ·  ".join(pareto.caption)] if pareto.caption else []
+    if pareto.reference is not None and pareto.hypervolume is not None:
+        x, y = pareto.reference
+        lines.append(
+            f"hypervolume {pareto.hypervolume:.4g} ms·% against the reference ({x:.4g} ms, {y:.3g} %)"
+            + ("  ·  bars: intervals of the measurement" if any(_bars(p) for p in pareto.points) else "")
+        )
+    if pareto.left_out:
+        shown = [f"{name} ({why})" for name, why in pareto.left_out[:3]]
+        more = f" and {len(pareto.left_out) - 3} more" if len(pareto.left_out) > 3 else ""
+        lines.append(f"not in the picture: {', '.join(shown)}{more}")
+    return lines
+
+
+def _bars(point: Point) -> bool:
+    return point.drop.hi > point.drop.lo or point.p50.hi > point.p50.lo

@@ -1,0 +1,156 @@
+"""The verdict table: one row per trial, under a line that says what was measured against what."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from analysis.pareto import check_one_workload, is_stop, number
+from analysis.store import SweepData
+from trainables.record import InputError
+
+COLUMNS = ("exp_id", "T", "beta", "epochs", "drop [lo, hi] %", "p50 ms", "verdict", "stop reason")
+_STYLES = {"pass": "bold green", "fail": "red", "n/a": "dim"}
+_PAIR_KEYS = ("pairs", "n_pairs", "num_pairs", "test_pairs", "quality_pairs", "workload_pairs")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; numbers as measured (drop in percent, p50 in ms), None where there is none."""
+
+    exp_id: str
+    T: float | None
+    beta: float | str | None
+    epochs: int | None
+    drop: float | None
+    drop_lo: float | None
+    drop_hi: float | None
+    p50_ms: float | None
+    verdict: str
+    stop_reason: str
+    role: str
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, in the order of COLUMNS."""
+        drop = "–" if self.drop is None else f"{self.drop:+.2f}"
+        if self.drop is not None and self.drop_lo is not None and self.drop_hi is not None:
+            drop += f" [{self.drop_lo:+.2f}, {self.drop_hi:+.2f}]"
+        reason = self.stop_reason if is_stop(self.stop_reason) else "–"
+        return (
+            self.exp_id, _text(self.T), _text(self.beta), _text(self.epochs), drop,
+            "–" if self.p50_ms is None else f"{self.p50_ms:.2f}", self.verdict, reason,
+        )  # fmt: skip
+
+
+def rows(records: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Teacher first, then the trials in their order. A record is ``Record.to_dict()``, with ``role`` where known.
+
+    Raises InputError for records of different workloads.
+    """
+    records = list(records)
+    check_one_workload(records)
+    teacher_first = sorted(records, key=lambda record: record.get("role") != "teacher")
+    return [_row(record) for record in teacher_first]
+
+
+def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """One line: workload, teacher, number of pairs, engine and device, as far as they are known."""
+
+    def known(key: str) -> str:
+        return " / ".join(dict.fromkeys(str(record[key]) for record in records if record.get(key)))
+
+    teachers = [str(record["exp_id"]) for record in records if record.get("role") == "teacher"]
+    pairs = next((settings[key] for key in _PAIR_KEYS if settings.get(key)), None)
+    if pairs is None:
+        pairs = next((record[key] for record in records for key in _PAIR_KEYS if record.get(key)), None)
+    parts = [
+        f"workload {known('workload_hash')[:12] or 'unknown'}",
+        f"teacher {', '.join(teachers) or 'not measured yet'}",
+        f"{int(float(pairs))} pairs" if pairs is not None else "",
+        f"{known('engine')} on {known('device')}" if known("engine") and known("device") else known("device"),
+    ]
+    return "  ·  ".join(part for part in parts if part)
+
+
+def render(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], sweep: str = "") -> Table:
+    """The table for a terminal; ``settings``: the sweep's settings, for the number of pairs."""
+    table = Table(title=escape("  ·  ".join(part for part in (sweep, title(records, settings)) if part)),
+                  title_justify="left", title_style="bold")  # fmt: skip
+    for name in COLUMNS:
+        right = name in ("T", "epochs", "drop [lo, hi] %", "p50 ms")
+        table.add_column(escape(name), justify="right" if right else "left", no_wrap=name != "exp_id",
+                         overflow="fold")  # fmt: skip
+    for row in rows(records):
+        cells = [escape(cell) for cell in row.cells()]
+        cells[6] = f"[{_STYLES[row.verdict]}]{cells[6]}[/]" if row.verdict in _STYLES else cells[6]
+        table.add_row(*cells, style="dim" if row.role == "teacher" else None)
+    return table
+
+
+def markdown(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """The same as GitHub Markdown, ending in a newline."""
+    lines = [title(records, settings), "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for row in rows(records):
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """The same as CSV with full precision: exp_id, T, beta, epochs, drop_pct, its ends, p50_ms, verdict, stop_reason."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["exp_id", "T", "beta", "epochs", "drop_pct", "drop_lo_pct", "drop_hi_pct", "p50_ms", "verdict",
+                     "stop_reason"])  # fmt: skip
+    for r in rows(records):
+        writer.writerow([r.exp_id, r.T, r.beta, r.epochs, r.drop, r.drop_lo, r.drop_hi, r.p50_ms, r.verdict,
+                         r.stop_reason])  # fmt: skip
+    return text.getvalue()
+
+
+def save(path: str | Path, text: str) -> None:
+    """Write a text file that appears whole or not at all. Raises InputError where it cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror}); name another file") from error
+
+
+def records_of(data: SweepData) -> list[dict[str, Any]]:
+    """The sweep's trials as flat dictionaries."""
+    return data.trials.to_dicts()
+
+
+def _row(record: Mapping[str, Any]) -> Row:
+    epochs = number(record.get("epochs"))
+    beta = record.get("beta")
+    return Row(
+        exp_id=str(record["exp_id"]),
+        T=number(record.get("T")),
+        beta=beta if isinstance(beta, str) else number(beta),
+        epochs=None if epochs is None else int(epochs),
+        drop=_percent(record.get("drop")),
+        drop_lo=_percent(record.get("drop_lo")),
+        drop_hi=_percent(record.get("drop_hi")),
+        p50_ms=number(record.get("t_pair_p50_ms")),
+        verdict=str(record.get("verdict") or "–"),
+        stop_reason=str(record.get("stop_reason") or ""),
+        role=str(record.get("role") or "trial"),
+    )
+
+
+def _percent(value: Any) -> float | None:
+    found = number(value)
+    return None if found is None else 100 * found
+
+
+def _text(value: float | int | str | None) -> str:
+    return "–" if value is None else value if isinstance(value, str) else f"{value:g}"
