@@ -3,19 +3,37 @@
 Sub-module names follow the published checkpoints, so that their state dicts load unchanged.
 """
 
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 LAYER_NORM_EPS = 1e-6
 
-# cos and sin factors of a patch grid, each (N, 1, 2 axes, 2 halves, head_dim / 4); None: no rotary positions.
-Rotation = tuple[Tensor, Tensor] | None
+
+def is_tracing() -> bool:
+    """Whether a traced export is under way."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing
 
 
-def rotary_table(
+class Positions(NamedTuple):
+    """A patch grid as the attention layers see it.
+
+    tokens: N, a plain number so that reshapes export as constants; cos, sin: rotary factors, each
+    (N, 1, 2 axes, 2 halves, head_dim / 4); None where positions were added to the tokens instead.
+    """
+
+    tokens: int
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+def rotary_positions(
     grid: tuple[int, int], head_dim: int, base: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> Positions:
     """Factors of 2-D rotary positions for the row-major patch grid (h, w).
 
     The first half of a head's channels turns with the patch's row, the second with its column. Within an
@@ -23,33 +41,56 @@ def rotary_table(
     The sign of the sine is folded into its table, so that applying it takes two products and one sum.
     """
     quarter = head_dim // 4
-    # Tables outlive the call that made them: one made in inference_mode could not be used in training later.
+    # numpy: an ONNX export that makes the tables on its way sees constants, not the nodes that compute them.
+    frequency = base ** (-np.arange(quarter) / quarter)
+    position = np.indices(grid).reshape(2, -1, 1).swapaxes(0, 1)
+    angle = position * frequency  # (N, 2, quarter)
+    tables = (
+        np.stack((np.cos(angle), np.cos(angle)), axis=2),
+        np.stack((-np.sin(angle), np.sin(angle)), axis=2),
+    )
+    # Tables outlive the call that made them: one made in inference_mode could not be used in training.
     with torch.inference_mode(False), torch.no_grad():
-        frequency = base ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-        rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-        position = torch.stack((rows.flatten(), columns.flatten()), dim=1).double()
-        angle = position[:, :, None] * frequency  # (N, 2, quarter)
-        cos = torch.stack((angle.cos(), angle.cos()), dim=2)
-        sin = torch.stack((-angle.sin(), angle.sin()), dim=2)
-        return (
-            cos.unsqueeze(1).to(device=device, dtype=dtype).contiguous(),
-            sin.unsqueeze(1).to(device=device, dtype=dtype).contiguous(),
-        )
+        cos, sin = (torch.from_numpy(t[:, None]).to(device=device, dtype=dtype) for t in tables)
+    return Positions(grid[0] * grid[1], cos, sin)
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-2)
+    return x * cos + torch.cat((second, first), dim=-2) * sin
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotation whose gradient is the opposite rotation: less memory traffic than the recorded operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, -sin), None, None
+
+
+def rotate(x: Tensor, at: Positions, heads: int, head_dim: int) -> Tensor:
     """Turn the channel pairs of x (B, N, heads, head_dim) by the angles of its patch; same shape."""
-    cos, sin = table
-    pairs = x.view(*x.shape[:-1], *cos.shape[2:])
-    first, second = pairs.chunk(2, dim=-2)
-    turned = pairs * cos + torch.cat((second, first), dim=-2) * sin
-    return turned.flatten(-3)
+    if at.cos is None or at.sin is None:
+        return x
+    pairs = x.view(-1, at.tokens, heads, 2, 2, head_dim // 4)
+    if torch.is_grad_enabled() and x.requires_grad and not is_tracing():
+        turned: Tensor = _Rotation.apply(pairs, at.cos, at.sin)  # type: ignore[no-untyped-call]
+    else:
+        turned = _turn(pairs, at.cos, at.sin)
+    return turned.view(-1, at.tokens, heads, head_dim)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over (B, N, heads, head_dim), scaled by head_dim^-0.5: (B, N, heads * head_dim)."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2).flatten(2)
+def attend(q: Tensor, k: Tensor, v: Tensor, at: Positions, heads: int, head_dim: int) -> Tensor:
+    """Softmax attention of q (B, N, heads, head_dim) scaled by head_dim^-0.5: (B, N, heads * head_dim)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5)
+    return out.transpose(1, 2).reshape(-1, at.tokens, heads * head_dim)
 
 
 class SelfAttention(nn.Module):
@@ -61,14 +102,14 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * heads * head_dim)
         self.proj = nn.Linear(heads * head_dim, dim)
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        packed = self.qkv(x).unflatten(-1, (3 * self.heads, self.head_dim))
+    def forward(self, x: Tensor, at: Positions) -> Tensor:
+        h = self.heads
+        packed = self.qkv(x).view(-1, at.tokens, 3 * h, self.head_dim)
         # Queries and keys sit on the same grid: one rotation turns both.
-        qk, v = packed.split((2 * self.heads, self.heads), dim=2)
-        if rotation is not None:
-            qk = rotate(qk, rotation)
-        q, k = qk.split(self.heads, dim=2)
-        out: Tensor = self.proj(_attend(q, k, v))
+        qk = rotate(packed[:, :, : 2 * h], at, 2 * h, self.head_dim)
+        out: Tensor = self.proj(
+            attend(qk[:, :, :h], qk[:, :, h:], packed[:, :, 2 * h :], at, h, self.head_dim)
+        )
         return out
 
 
@@ -83,14 +124,12 @@ class CrossAttention(nn.Module):
         self.projv = nn.Linear(dim, heads * head_dim)
         self.proj = nn.Linear(heads * head_dim, dim)
 
-    def forward(self, x: Tensor, memory: Tensor, rotation_x: Rotation, rotation_memory: Rotation) -> Tensor:
-        shape = (self.heads, self.head_dim)
-        q = self.projq(x).unflatten(-1, shape)
-        k = self.projk(memory).unflatten(-1, shape)
-        v = self.projv(memory).unflatten(-1, shape)
-        if rotation_x is not None and rotation_memory is not None:
-            q, k = rotate(q, rotation_x), rotate(k, rotation_memory)
-        out: Tensor = self.proj(_attend(q, k, v))
+    def forward(self, x: Tensor, memory: Tensor, at_x: Positions, at_memory: Positions) -> Tensor:
+        h, c = self.heads, self.head_dim
+        q = rotate(self.projq(x).view(-1, at_x.tokens, h, c), at_x, h, c)
+        k = rotate(self.projk(memory).view(-1, at_memory.tokens, h, c), at_memory, h, c)
+        v = self.projv(memory).view(-1, at_memory.tokens, h, c)
+        out: Tensor = self.proj(attend(q, k, v, at_x, h, c))
         return out
 
 
@@ -115,8 +154,8 @@ class EncoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, hidden)
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        x = x + self.attn(self.norm1(x), rotation)
+    def forward(self, x: Tensor, at: Positions) -> Tensor:
+        x = x + self.attn(self.norm1(x), at)
         x = x + self.mlp(self.norm2(x))
         return x
 
@@ -134,8 +173,8 @@ class DecoderBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, hidden)
 
-    def forward(self, x: Tensor, other: Tensor, rotation_x: Rotation, rotation_other: Rotation) -> Tensor:
-        x = x + self.attn(self.norm1(x), rotation_x)
-        x = x + self.cross_attn(self.norm2(x), self.norm_y(other), rotation_x, rotation_other)
+    def forward(self, x: Tensor, other: Tensor, at_x: Positions, at_other: Positions) -> Tensor:
+        x = x + self.attn(self.norm1(x), at_x)
+        x = x + self.cross_attn(self.norm2(x), self.norm_y(other), at_x, at_other)
         x = x + self.mlp(self.norm3(x))
         return x

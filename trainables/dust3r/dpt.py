@@ -29,7 +29,7 @@ class ResidualConvUnit(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Add a skip map to the coarser path, refine, double the resolution."""
+    """Add a skip map to the coarser path, refine, resize to the next resolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class FusionBlock(nn.Module):
         self.resConfUnit1 = ResidualConvUnit(width)
         self.resConfUnit2 = ResidualConvUnit(width)
 
-    def forward(self, path: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, path: Tensor, size: tuple[int, int], skip: Tensor | None = None) -> Tensor:
         if skip is not None:
             path = path + self.resConfUnit1(skip)
         path = self.resConfUnit2(path)
         # A 1x1 convolution commutes with bilinear resizing (weights sum to 1): done first it costs a quarter.
-        return _resize(self.out_conv(path), (2 * path.shape[-2], 2 * path.shape[-1]))
+        return _resize(self.out_conv(path), size)
 
 
 class Scratch(nn.Module):
@@ -104,13 +104,14 @@ class DPT(nn.Module):
             for hook, post, rn in zip(self.hooks, self.act_postprocess, self.scratch.layer_rn, strict=True)
         ]
         s = self.scratch
+        h, w = grid
         # The stride-2 map of an odd grid doubles to one row or column too many.
-        path = s.refinenet4(maps[3])[:, :, : maps[2].shape[-2], : maps[2].shape[-1]]
-        path = s.refinenet3(path, maps[2])
-        path = s.refinenet2(path, maps[1])
-        path = self.head[0](s.refinenet1(path, maps[0]))
+        path = s.refinenet4(maps[3], (h + h % 2, w + w % 2))[:, :, :h, :w]
+        path = s.refinenet3(path, (2 * h, 2 * w), maps[2])
+        path = s.refinenet2(path, (4 * h, 4 * w), maps[1])
+        path = self.head[0](s.refinenet1(path, (8 * h, 8 * w), maps[0]))
         if self.patch_size != _FUSED_CELLS_PER_PATCH:
-            path = _resize(path, (grid[0] * self.patch_size, grid[1] * self.patch_size))
+            path = _resize(path, (h * self.patch_size, w * self.patch_size))
         out: Tensor = self.head[2:](path)
         return out
 

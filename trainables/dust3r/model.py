@@ -7,149 +7,37 @@ another ``Config``.
 """
 
 import dataclasses
-import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engines.errors import InputError
-from trainables.dust3r.blocks import LAYER_NORM_EPS, DecoderBlock, EncoderBlock, Rotation, rotary_table
+from trainables.dust3r.blocks import (
+    LAYER_NORM_EPS,
+    DecoderBlock,
+    EncoderBlock,
+    Positions,
+    is_tracing,
+    rotary_positions,
+)
+from trainables.dust3r.config import Config
 from trainables.dust3r.dpt import DPT, DPTHead
 
 _CHANNELS = 4  # x, y, z and confidence
 
-# Values of the published constructor that this implementation covers; anything else is refused by name.
-_FIXED: dict[str, Any] = {
-    "output_mode": "pts3d",
-    "depth_mode": ("exp", "-inf", "inf"),
-    "conf_mode": ("exp", "1", "inf"),
-    "patch_embed_cls": "PatchEmbedDust3R",
-    "landscape_only": False,
-}
-
 Pointmaps = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _plain_mode(mode: Any) -> tuple[str, ...]:
-    """('exp', 1, inf), ('exp', 1.0, 'inf') -> ('exp', '1', 'inf'): JSON has no infinities."""
-    if not isinstance(mode, list | tuple):
-        return (str(mode),)
-    return tuple(x if isinstance(x, str) else format(x, "g") for x in mode)
-
-
-@dataclass(frozen=True)
-class Config:
-    """Architecture. Names and defaults of the published constructor (512_dpt), then this project's additions.
-
-    img_size (H, W) in pixels matters only for pos_embed 'cosine', whose tables are fixed; 'RoPE<base>' takes
-    every size that the patch size divides. hooks index the decoder's list [encoder output, block 1, ...,
-    block n]. enc_head_dim, dec_head_dim: channels per head (default embed_dim / heads); enc_mlp_hidden,
-    dec_mlp_hidden: feed-forward width (default 4 * embed_dim). Raises InputError that lists all bad values.
-    """
-
-    output_mode: str = "pts3d"
-    head_type: str = "dpt"
-    depth_mode: tuple[str, ...] = ("exp", "-inf", "inf")
-    conf_mode: tuple[str, ...] = ("exp", "1", "inf")
-    patch_embed_cls: str = "PatchEmbedDust3R"
-    landscape_only: bool = False
-    pos_embed: str = "RoPE100"
-    img_size: tuple[int, int] = (512, 512)
-    patch_size: int = 16
-    enc_embed_dim: int = 1024
-    enc_depth: int = 24
-    enc_num_heads: int = 16
-    dec_embed_dim: int = 768
-    dec_depth: int = 12
-    dec_num_heads: int = 12
-    feature_dim: int = 256
-    last_dim: int = 128
-    layer_dims: tuple[int, ...] = (96, 192, 384, 768)
-    hooks: tuple[int, ...] | None = None
-    enc_head_dim: int | None = None
-    dec_head_dim: int | None = None
-    enc_mlp_hidden: int | None = None
-    dec_mlp_hidden: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, mode in (("depth_mode", self.depth_mode), ("conf_mode", self.conf_mode)):
-            object.__setattr__(self, name, _plain_mode(mode))
-        object.__setattr__(self, "img_size", tuple(self.img_size))
-        object.__setattr__(self, "layer_dims", tuple(self.layer_dims))
-        if self.hooks is not None:
-            object.__setattr__(self, "hooks", tuple(self.hooks))
-        problems = self._problems()
-        if problems:
-            raise InputError("model config: " + "; ".join(problems))
-
-    def _problems(self) -> list[str]:
-        bad = [
-            f"{name}={getattr(self, name)!r} is not supported, use {value!r}"
-            for name, value in _FIXED.items()
-            if getattr(self, name) != value
-        ]
-        if self.head_type not in ("linear", "dpt"):
-            bad.append(f"head_type={self.head_type!r} is not supported, use 'linear' or 'dpt'")
-        sizes = ["patch_size", "feature_dim", "last_dim"]
-        parts = ("embed_dim", "depth", "num_heads", "head_dim", "mlp_hidden")
-        sizes += [f"{side}_{part}" for side in ("enc", "dec") for part in parts]
-        for name in sizes:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                bad.append(f"{name}={value} must be at least 1")
-        if bad:
-            return bad
-        rope = self.rope_base is not None
-        if not rope and self.pos_embed != "cosine":
-            bad.append(f"pos_embed={self.pos_embed!r} is not supported, use 'RoPE<base>' or 'cosine'")
-        for side in ("enc", "dec"):
-            dim, heads = getattr(self, f"{side}_embed_dim"), getattr(self, f"{side}_num_heads")
-            own = getattr(self, f"{side}_head_dim")
-            if own is None and dim % heads:
-                bad.append(f"{side}_embed_dim={dim} is not a multiple of {side}_num_heads={heads}")
-            elif rope and self.head_width(side) % 4:
-                bad.append(f"{side} head width {self.head_width(side)} must be a multiple of 4 for RoPE")
-            if self.pos_embed == "cosine" and dim % 4:
-                bad.append(f"{side}_embed_dim={dim} must be a multiple of 4 for cosine positions")
-        if len(self.img_size) != 2 or any(s < 1 or s % self.patch_size for s in self.img_size):
-            bad.append(f"img_size={self.img_size} must be two multiples of patch_size={self.patch_size}")
-        if self.head_type == "dpt":
-            hooks = self.head_hooks
-            if len(self.layer_dims) != 4 or len(hooks) != 4:
-                bad.append(f"layer_dims={self.layer_dims} and hooks={hooks} must have 4 entries each")
-            if any(h < 0 or h > self.dec_depth for h in hooks):
-                bad.append(f"hooks={hooks} must lie in 0..dec_depth={self.dec_depth}")
-        return bad
-
-    @property
-    def rope_base(self) -> float | None:
-        match = re.fullmatch(r"RoPE(\d+(?:\.\d+)?)", self.pos_embed)
-        return float(match.group(1)) if match and float(match.group(1)) > 0 else None
-
-    @property
-    def head_hooks(self) -> tuple[int, ...]:
-        n = self.dec_depth
-        return self.hooks if self.hooks is not None else (0, n * 2 // 4, n * 3 // 4, n)
-
-    def head_width(self, side: str) -> int:
-        """Channels per attention head of 'enc' or 'dec'."""
-        own: int | None = getattr(self, f"{side}_head_dim")
-        width: int = own or getattr(self, f"{side}_embed_dim") // getattr(self, f"{side}_num_heads")
-        return width
-
-    def mlp_hidden(self, side: str) -> int:
-        """Feed-forward width of 'enc' or 'dec'."""
-        own: int | None = getattr(self, f"{side}_mlp_hidden")
-        width: int = own or 4 * getattr(self, f"{side}_embed_dim")
-        return width
-
-    def to_data(self) -> dict[str, Any]:
-        """JSON-able keyword arguments that build an equal config."""
-        data = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+def _image_size(img: Tensor) -> tuple[int, int]:
+    """(H, W) as plain numbers: a traced export keeps the batch free and the image size fixed."""
+    if not is_tracing():
+        return img.shape[-2], img.shape[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "converting a tensor to an integer"
+        return int(img.shape[-2]), int(img.shape[-1])
 
 
 def from_reference_config(**config: Any) -> "DUSt3R":
@@ -250,7 +138,7 @@ class DUSt3R(nn.Module):
             del self.enc_pos_embed, self.dec_pos_embed
             self.register_buffer("enc_pos_embed", cosine_table(grid, c.enc_embed_dim))
             self.register_buffer("dec_pos_embed", cosine_table(grid, c.dec_embed_dim))
-        self._rotations: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._positions_cache: dict[tuple[Any, ...], Positions] = {}
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -271,27 +159,27 @@ class DUSt3R(nn.Module):
             raise InputError(f"image size {tuple(hw)} must be img_size={fixed} with pos_embed='cosine'")
         return hw[0] // p, hw[1] // p
 
-    def _rotation(self, grid: tuple[int, int], side: str, like: Tensor) -> Rotation:
+    def _positions(self, grid: tuple[int, int], side: str, like: Tensor) -> Positions:
         base = self._config.rope_base
         if base is None:
-            return None
+            return Positions(grid[0] * grid[1])
         dtype = like.dtype
         if torch.is_autocast_enabled(like.device.type):
             dtype = torch.get_autocast_dtype(like.device.type)
         head_dim = self._config.head_width(side)
         key = (grid, head_dim, like.device, dtype)
-        if key not in self._rotations:
-            self._rotations[key] = rotary_table(grid, head_dim, base, like.device, dtype)
-        return self._rotations[key]
+        if key not in self._positions_cache:
+            self._positions_cache[key] = rotary_positions(grid, head_dim, base, like.device, dtype)
+        return self._positions_cache[key]
 
     def _encode(self, img: Tensor, blocks: list[Tensor] | None = None) -> Tensor:
-        grid = self._grid((img.shape[-2], img.shape[-1]))
+        grid = self._grid(_image_size(img))
         x: Tensor = self.patch_embed(img)
         if self.enc_pos_embed is not None:
             x = x + self.enc_pos_embed
-        rotation = self._rotation(grid, "enc", x)
+        at = self._positions(grid, "enc", x)
         for block in self.enc_blocks:
-            x = block(x, rotation)
+            x = block(x, at)
             if blocks is not None:
                 blocks.append(x)
         x = self.enc_norm(x)
@@ -302,7 +190,7 @@ class DUSt3R(nn.Module):
         return self._encode(img)
 
     def _encode_pair(self, img1: Tensor, img2: Tensor, blocks: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        if img1.shape == img2.shape:
+        if _image_size(img1) == _image_size(img2):
             both = self._encode(torch.cat((img1, img2)), blocks)
             first, second = both.chunk(2)
             return first, second
@@ -331,11 +219,11 @@ class DUSt3R(nn.Module):
         x1, x2 = self.decoder_embed(feat1), self.decoder_embed(feat2)
         if self.dec_pos_embed is not None:
             x1, x2 = x1 + self.dec_pos_embed, x2 + self.dec_pos_embed
-        r1 = self._rotation(self._grid(hw1), "dec", feat1)
-        r2 = self._rotation(self._grid(hw2), "dec", feat2)
+        at1 = self._positions(self._grid(hw1), "dec", feat1)
+        at2 = self._positions(self._grid(hw2), "dec", feat2)
         list1, list2 = [feat1], [feat2]
         for block1, block2 in zip(self.dec_blocks, self.dec_blocks2, strict=True):
-            x1, x2 = block1(x1, x2, r1, r2), block2(x2, x1, r2, r1)
+            x1, x2 = block1(x1, x2, at1, at2), block2(x2, x1, at2, at1)
             list1.append(x1)
             list2.append(x2)
         return list1, list2
@@ -354,14 +242,14 @@ class DUSt3R(nn.Module):
     ) -> tuple[Pointmaps, dict[str, Tensor]]:
         """The pointmaps (see ``pointmaps``) and the hidden states they came from.
 
-        With symmetric (views of equal shape only) the batch is followed by the same pairs with their views swapped,
-        2B in all, though each image is encoded once.
+        With symmetric (views of equal shape only) the batch is followed by the same pairs with their views
+        swapped, 2B in all, though each image is encoded once.
 
         'enc1', 'enc2' (B, N, enc_embed_dim) after enc_norm; 'dec1', 'dec2' (B, N, dec_embed_dim) after
         dec_norm. With blocks (views of equal shape only): 'enc_block{i}' over the batch of both views
         (2B, ...) and 'dec1_block{i}', 'dec2_block{i}', i from 0, all before the final norms.
         """
-        hw1, hw2 = (img1.shape[-2], img1.shape[-1]), (img2.shape[-2], img2.shape[-1])
+        hw1, hw2 = _image_size(img1), _image_size(img2)
         enc_blocks: list[Tensor] | None = [] if blocks else None
         feat1, feat2 = self._encode_pair(img1, img2, enc_blocks)
         if symmetric:
