@@ -143,7 +143,7 @@ def _trace(
     input_names: Sequence[str],
     output_names: Sequence[str],
 ) -> None:
-    with eval_mode(model), _quiet_exporter(), _expm1_symbolic():
+    with eval_mode(model), torch.no_grad(), _quiet_exporter(), _expm1_symbolic():
         try:
             torch.onnx.export(
                 model,
@@ -165,9 +165,10 @@ def _trace(
 def _quiet_exporter() -> Iterator[None]:
     """No deprecation or tracer warnings, no dump of the graph on stdout at an unsupported operator."""
     core: Any = torch._C
-    before = core._jit_is_onnx_log_enabled()
+    log = core._jit_onnx_log
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    core._jit_set_onnx_log_enabled(False)
+    # The exporter switches its log on again by itself, so the log function is what has to go.
+    core._jit_onnx_log = lambda *_: None
     # The fused transformer layer has no ONNX form; its plain form has.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -175,7 +176,7 @@ def _quiet_exporter() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        core._jit_set_onnx_log_enabled(before)
+        core._jit_onnx_log = log
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 

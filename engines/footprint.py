@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,10 @@ def _decomposed_kernels() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     mkldnn: Any = torch.backends.mkldnn
     try:
-        with sdpa_kernel([SDPBackend.MATH]), mkldnn.flags(enabled=False):
-            yield
+        with warnings.catch_warnings(), sdpa_kernel([SDPBackend.MATH]):
+            warnings.simplefilter("ignore")  # mkldnn.flags touches a setting of Intel GPUs
+            with mkldnn.flags(enabled=False):
+                yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
