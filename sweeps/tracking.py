@@ -1,0 +1,218 @@
+"""MLflow from the driver's side: check the address, start the process that mirrors the journal, wait for it.
+
+The writing itself is in `sweeps/mlflow_writer.py`, a process of its own that tails the journal: MLflow
+takes seconds to import and tens of milliseconds of CPU per run, which the driver would lose to its
+scheduling. The journal is the truth, so whatever that process did not get done is done when it is next
+started. Importing this module is cheap.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from engines.errors import InputError
+
+EXPERIMENT = "slimsweep"
+CURSOR, LOG = "tracked.json", "tracking.log"
+_KINDS = "sqlite:///FILE, http://HOST:PORT, postgresql://... or mysql://..."
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+# What keeps MLflow quiet, at home, and from hiding an outage: the writer itself retries, and looks first.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+def default_uri(storage: str | Path) -> str:
+    """The tracking address used when none is given: a sqlite file in the storage folder."""
+    return f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The absolute path of a sqlite address, None for any other address."""
+    if not uri.startswith("sqlite:"):
+        return None
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    if not uri.startswith("sqlite:///") or not path or path == ":memory:":
+        raise InputError(f"tracking address {uri!r}: expected sqlite:///FILE")
+    return Path(path).resolve()
+
+
+def check_reachable(uri: str, timeout_s: float = 5.0) -> None:
+    """Raise InputError (one line) when no MLflow store answers at `uri`; takes at most about `timeout_s`.
+
+    Only what can be seen without importing MLflow: a sqlite file that can be written, an MLflow server that
+    lets us read, a database that listens.
+    """
+    path = sqlite_path(uri)
+    parts = urlsplit(uri)
+    kind = parts.scheme.partition("+")[0]
+    if path:
+        _check_file(path)
+    elif kind in ("http", "https"):
+        _check_server(uri, timeout_s)
+    elif kind in _PORTS:
+        try:
+            address = (parts.hostname or "localhost", parts.port or _PORTS[kind])
+            socket.create_connection(address, timeout_s).close()
+        except (OSError, ValueError) as error:
+            where = f"{kind}://{parts.hostname}"  # the whole address may hold a password
+            raise InputError(
+                f"{where}: no database answers ({error}); start it, or give --tracking-uri"
+            ) from None
+    else:
+        raise InputError(f"tracking address {uri!r}: expected {_KINDS}")
+
+
+def _check_file(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with path.open("r+b") as file:
+                start = file.read(16)
+            if start and start != b"SQLite format 3\0":
+                raise InputError(f"{path}: not a sqlite database; give another --tracking-uri")
+        elif not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path.parent}: cannot be written, expected a folder for the MLflow database")
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}; expected a writable file for the MLflow database"
+        ) from None
+
+
+def _check_server(uri: str, timeout_s: float) -> None:
+    url = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name?experiment_name={EXPERIMENT}"
+    request = urllib.request.Request(url)
+    user, token = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if user:
+        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+        request.add_header("Authorization", "Basic " + base64.b64encode(pair.encode()).decode())
+    elif token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            known = "experiment" in json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise InputError(
+                f"{uri}: the MLflow server refuses the login ({error.code}); "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            ) from None
+        known = b"RESOURCE_DOES_NOT_EXIST" in error.read(10_000)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise InputError(
+            f"{uri}: no MLflow server answers ({reason}); start one, or leave out --tracking-uri"
+        ) from None
+    if not known:
+        raise InputError(f"{uri}: something answers, but it is no MLflow server; expected {_KINDS}")
+
+
+class Tracker:
+    """The mirror process of one sweep. Nothing it meets disturbs the sweep; `problem` says what it met last.
+
+    It ends by itself, having written what it can, when the driver closes it or dies. Its own output goes to
+    tracking.log in the sweep folder.
+    """
+
+    def __init__(self, journal_path: str | Path, tracking_uri: str) -> None:
+        """`journal_path`: the journal.jsonl to mirror. `tracking_uri`: where MLflow keeps its runs."""
+        self.journal = Path(journal_path).resolve()
+        path = sqlite_path(tracking_uri)
+        self.uri = f"sqlite:///{path}" if path else tracking_uri
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process; returns at once. The journal need not have any line yet."""
+        folder = self.journal.parent
+        root = str(Path(__file__).resolve().parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = _ENVIRONMENT | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths)}
+        with (folder / LOG).open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sweeps.mlflow_writer", str(self.journal), self.uri],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the driver, which then closes us in order
+            )
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the mirror while it runs."""
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    @property
+    def problem(self) -> str | None:
+        """One line on what is not in MLflow and why, None when nothing is known to be amiss."""
+        return self._cursor().get("problem")
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything now in the journal is in MLflow; False (see `problem`) when it is not by
+        then.
+
+        A mirror that died is started again. What is missing stays in the journal and is written by the next
+        start.
+        """
+        size, deadline = self.journal.stat().st_size, time.monotonic() + timeout_s
+        if self.pid is None:
+            self.start()
+        self._send(b"flush\n")
+        while True:
+            cursor = self._cursor()
+            if cursor.get("offset", 0) >= size:
+                return cursor.get("problem") is None
+            if time.monotonic() >= deadline or self.pid is None:
+                return False
+            time.sleep(0.02)
+
+    def close(self, timeout_s: float = 20.0) -> None:
+        """Let the mirror finish and wait for its end; one that takes longer than `timeout_s` is killed.
+        Idempotent.
+        """
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(OSError):
+            if process.stdin:
+                process.stdin.close()
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _send(self, text: bytes) -> None:
+        with contextlib.suppress(OSError):  # it just died: the caller sees that by its pid
+            if self._process and self._process.stdin:
+                self._process.stdin.write(text)
+                self._process.stdin.flush()
+
+    def _cursor(self) -> dict[str, Any]:
+        """What this very process last reported: a file left by an earlier one says nothing of our events."""
+        try:
+            cursor = json.loads((self.journal.parent / CURSOR).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        ours = isinstance(cursor, dict) and self._process and cursor.get("pid") == self._process.pid
+        return cursor if ours else {}
