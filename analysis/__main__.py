@@ -1,4 +1,4 @@
-"""python -m analysis pareto|table --tracking-uri URI --sweep NAME ...: pictures and tables of a logged sweep."""
+"""Command line: python -m analysis pareto|table --tracking-uri URI --sweep NAME: pictures and tables."""
 
 import argparse
 import sys
@@ -82,12 +82,10 @@ def _table(options: argparse.Namespace) -> None:
     data = store.load(options.tracking_uri, options.sweep, curve_keys=())
     records = data.trials.to_dicts()
     rendered = table.render(records, data.settings, data.name)
-    for path, text in (
-        (options.csv, lambda: table.csv_text(records)),
-        (options.markdown, lambda: table.markdown(records, data.settings)),
-    ):
-        if path:
-            table.save(path, text())
+    if options.csv:
+        table.save(options.csv, table.csv_text(records))
+    if options.markdown:
+        table.save(options.markdown, table.markdown(records, data.settings))
     for note in data.notes:
         print(note)
     console = Console()

@@ -18,7 +18,7 @@ from analysis.pareto import Kind, Pareto, caption, is_stop, kind_of
 from analysis.scale import Scale, choose, limits
 from analysis.store import SweepData
 
-LABELS_AT_MOST = 14
+LABELS_AT_MOST, LABELS_IN_A_CROWD = 14, 7
 # Shape tells the reasons apart, as colour cannot for 40 thin lines.
 REASON_MARKS: Mapping[str, str] = {"stop_loss": "x", "plateau": "s", "asha": "v", "diverged": "*"}
 OTHER_MARK = "P"
@@ -26,7 +26,7 @@ OTHER_MARK = "P"
 
 @dataclass(frozen=True)
 class Curve:
-    """One trial's validation drop: ``drop`` in percent after each of ``epochs``; non-finite values are kept."""
+    """One trial's validation drop: ``drop`` in percent after each of ``epochs``, non-finite ones too."""
 
     exp_id: str
     kind: Kind
@@ -65,7 +65,7 @@ def draw(data: SweepData, pareto: Pareto, path: Path) -> None:
     figure = Figure(figsize=(picture.WIDTH_IN, picture.HEIGHT_IN), dpi=picture.DPI, facecolor="white")
     FigureCanvasAgg(figure)
     foot = textwrap.wrap("  ·  ".join(caption(data.trials.to_dicts())), 135)
-    bottom = 0.135 + 0.028 * len(foot)
+    bottom = picture.bottom(len(foot))
     labels = _label_texts(curves)
     right = 0.80 if labels else 0.98
     ax = figure.add_axes((0.085, bottom, right - 0.085, 0.825 - bottom))
@@ -84,7 +84,7 @@ def _plot(
     limit = pareto.gate.drop_pct if pareto.gate else None
     drops = [value for curve in curves for value in curve.drop if math.isfinite(value)]
     scale = choose(drops, limit)
-    low, high = limits(scale, [*drops, 0.0, *([limit] if limit is not None else [])])
+    low, high = limits(scale, [*drops, *([limit / 2] if limit is not None else [])])
     last_epoch = max(curve.epochs[-1] for curve in curves)
     first_epoch = min(curve.epochs[0] for curve in curves)
     axes = style.Axes(
@@ -92,22 +92,35 @@ def _plot(
     )
     picture.set_axes(ax, axes, "epoch", "◀ better      drop on the validation split (%)")
     if pareto.gate and limit is not None:
-        picture.gate_line(ax, axes, limit, pareto.gate.text)
+        picture.gate_line(ax, axes, limit, pareto.gate.text, left=True)
     faint = 1.0 if len(curves) <= 12 else 0.55
     for curve in curves:
         look = style.plain(curve.kind)
         places = [scale.map(value) if math.isfinite(value) else math.nan for value in curve.drop]
         stopped = curve.kind == "stopped"
         ax.plot(
-            curve.epochs, places, color=look.colour, linewidth=1.1 if stopped else 1.8, alpha=faint * look.alpha,
-            linestyle=(0, (4, 1.5)) if curve.kind == "fail" else "-", zorder=2 if stopped else 3,
-            marker="." if len(curves) <= 6 else None, markersize=4,
-        )  # fmt: skip
+            curve.epochs,
+            places,
+            color=look.colour,
+            linewidth=1.1 if stopped else 1.8,
+            alpha=faint * look.alpha,
+            linestyle=(0, (4, 1.5)) if curve.kind == "fail" else "-",
+            zorder=2 if stopped else 3,
+            marker="." if len(curves) <= 6 else None,
+            markersize=4,
+        )
         _end(ax, curve, scale)
     figure.legend(
-        handles=_handles(curves), loc="upper left", bbox_to_anchor=(0.012, 0.905), ncols=9, frameon=False,
-        fontsize=9, handletextpad=0.5, columnspacing=1.4, labelcolor=style.INK,
-    )  # fmt: skip
+        handles=_handles(curves),
+        loc="upper left",
+        bbox_to_anchor=(0.012, 0.905),
+        ncols=9,
+        frameon=False,
+        fontsize=9,
+        handletextpad=0.5,
+        columnspacing=1.4,
+        labelcolor=style.INK,
+    )
     if labels:
         _name(figure, ax, curves, scale, labels)
 
@@ -120,10 +133,16 @@ def _end(ax: MplAxes, curve: Curve, scale: Scale) -> None:
     look = style.plain(curve.kind)
     shape = REASON_MARKS.get(curve.stop_reason, OTHER_MARK) if curve.stop_reason else "o"
     ax.plot(
-        [epoch], [scale.map(value)], marker=shape, markersize=6.5 if shape != "*" else 10, color=look.colour,
-        markerfacecolor="white" if shape in "sv" else look.colour, markeredgewidth=1.5 if shape in "xsv" else 0.5,
-        zorder=5, clip_on=False,
-    )  # fmt: skip
+        [epoch],
+        [scale.map(value)],
+        marker=shape,
+        markersize=6.5 if shape != "*" else 10,
+        color=look.colour,
+        markerfacecolor="white" if shape in "sv" else look.colour,
+        markeredgewidth=1.5 if shape in "xsv" else 0.5,
+        zorder=5,
+        clip_on=False,
+    )
 
 
 def _handles(curves: Sequence[Curve]) -> list[Line2D]:
@@ -131,17 +150,24 @@ def _handles(curves: Sequence[Curve]) -> list[Line2D]:
     for kind in ("pass", "fail", "unjudged", "stopped"):
         if any(curve.kind == kind for curve in curves):
             look = style.plain(kind)
-            dashes = (0, (4, 1.5)) if kind == "fail" else "-"
-            handles.append(
-                Line2D([], [], color=look.colour, linewidth=1.8, linestyle=dashes, label=look.word)
-            )
+            handle = Line2D([], [], color=look.colour, linewidth=1.8, label=look.word)
+            handle.set_linestyle((0, (4, 1.5)) if kind == "fail" else "-")
+            handles.append(handle)
     for reason, count in sorted(Counter(c.stop_reason for c in curves if c.stop_reason).items()):
         shape = REASON_MARKS.get(reason, OTHER_MARK)
         handles.append(
-            Line2D([], [], linestyle="none", marker=shape, color=style.MUTED, markersize=6.5,
-                   markerfacecolor="white" if shape in "sv" else style.MUTED, markeredgewidth=1.4,
-                   label=f"{reason} ({count})")
-        )  # fmt: skip
+            Line2D(
+                [],
+                [],
+                linestyle="none",
+                marker=shape,
+                color=style.MUTED,
+                markersize=6.5,
+                markerfacecolor="white" if shape in "sv" else style.MUTED,
+                markeredgewidth=1.4,
+                label=f"{reason} ({count})",
+            )
+        )
     return handles
 
 
@@ -150,11 +176,9 @@ def _label_texts(curves: Sequence[Curve]) -> dict[str, str]:
     names = dict(zip((c.exp_id for c in curves), short([c.exp_id for c in curves]), strict=True))
     shown = [c for c in curves if c.last]
     if len(shown) > LABELS_AT_MOST:
-        shown = sorted((c for c in shown if c.kind != "stopped"), key=lambda c: c.last[1] if c.last else 0)
-    return {
-        c.exp_id: names[c.exp_id] + (f" · {c.stop_reason}" if c.stop_reason else "")
-        for c in shown[:LABELS_AT_MOST]
-    }
+        ended = [c for c in shown if c.kind != "stopped"]
+        shown = sorted(ended, key=lambda c: c.last[1] if c.last else 0)[:LABELS_IN_A_CROWD]
+    return {c.exp_id: names[c.exp_id] + (f" · {c.stop_reason}" if c.stop_reason else "") for c in shown}
 
 
 def _name(
@@ -163,13 +187,21 @@ def _name(
     named = [(curve, curve.last) for curve in curves if curve.exp_id in labels]
     ends = [(curve, last) for curve, last in named if last is not None]
     area = ax.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
-    points = [ax.transData.transform((epoch, scale.map(value))) for _, (epoch, value) in ends]
+    points = ax.transData.transform([(float(epoch), scale.map(value)) for _, (epoch, value) in ends])
     centres = spread([float(y) for _, y in points], 13 * picture.DPI / 72, float(area.y0), float(area.y1))
     inverse = ax.transData.inverted()
     for (curve, _), point, centre in zip(ends, points, centres, strict=True):
         edge = area.x1 + 12
-        line = inverse.transform([point, (area.x1, centre), (edge, centre)])
+        corners = [(float(point[0]), float(point[1])), (area.x1, centre), (edge, centre)]
+        line = inverse.transform(corners)
         ax.plot(line[:, 0], line[:, 1], color="#b0b5ba", linewidth=0.6, zorder=1, clip_on=False)
         x, y = inverse.transform((edge + 5, centre))
-        ax.text(x, y, labels[curve.exp_id], fontsize=8.5, va="center", clip_on=False,
-                color=style.MUTED if curve.kind == "stopped" else style.INK)  # fmt: skip
+        ax.text(
+            x,
+            y,
+            labels[curve.exp_id],
+            fontsize=8.5,
+            va="center",
+            clip_on=False,
+            color=style.MUTED if curve.kind == "stopped" else style.INK,
+        )

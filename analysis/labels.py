@@ -1,4 +1,4 @@
-"""Where labels go so that they cover neither each other nor the points. Pure geometry in pixels, y upwards."""
+"""Where labels go so that they cover neither each other nor the points. Pure geometry: pixels, y upwards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Box:
 
 # (sign of x, sign of y, how welcome): right of the point reads best, then left, above, below and the corners.
 _DIRECTIONS = ((1, 0, 0), (-1, 0, 1), (1, 1, 2), (1, -1, 2), (-1, 1, 3), (-1, -1, 3), (0, 1, 4), (0, -1, 4))
-_DISTANCES = (9.0, 16.0, 28.0, 44.0, 64.0)
+_DISTANCES = (8.0, 13.0, 22.0, 34.0, 50.0)
 
 
 def place(
@@ -31,11 +31,13 @@ def place(
     hard: Sequence[Box],
     soft: Sequence[Box],
     bounds: Box,
+    unit: float = 1.0,
 ) -> list[Box | None]:
     """A box for each label beside its anchor, in order of importance; None where there is no room.
 
-    sizes: (width, height) of each label. hard: what no label may cover (markers); soft: what it should not cover (lines,
-    error bars). Labels never overlap each other or leave ``bounds``.
+    sizes: (width, height) of each label. hard: what no label may cover (markers); soft: what it should not
+    cover (lines, error bars). Labels never overlap each other or leave ``bounds``. unit: pixels per point,
+    for distances.
     """
     taken: list[Box] = []
     placed: list[Box | None] = []
@@ -43,7 +45,7 @@ def place(
         best: tuple[float, Box] | None = None
         for ring, distance in enumerate(_DISTANCES):
             for dx, dy, rank in _DIRECTIONS:
-                box = _beside(x, y, width, height, dx, dy, distance)
+                box = _beside(x, y, width, height, dx, dy, distance * unit)
                 inside = (
                     box.left >= bounds.left
                     and box.right <= bounds.right
@@ -53,7 +55,8 @@ def place(
                 if not inside or any(box.overlap(other) > 0 for other in (*taken, *hard)):
                     continue
                 area = width * height
-                cost = 3 * ring + 0.5 * rank + 10 * sum(box.overlap(other) for other in soft) / area
+                crossed = [share for other in soft if (share := box.overlap(other) / area)]
+                cost = 3 * ring + 0.5 * rank + sum(1.5 + 10 * share for share in crossed)
                 if best is None or cost < best[0]:
                     best = (cost, box)
         placed.append(best[1] if best else None)
@@ -63,7 +66,7 @@ def place(
 
 
 def spread(wanted: Sequence[float], height: float, low: float, high: float) -> list[float]:
-    """Centres near ``wanted``, at least ``height`` apart and within [low, high] as far as there is room, in input order."""
+    """Centres near ``wanted``, in its order, ``height`` apart and, room permitting, within [low, high]."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     centres = [0.0] * len(wanted)
     floor = low + height / 2

@@ -1,7 +1,7 @@
 """The Pareto picture as one self-contained HTML page, drawn by plotly from a computed ``Pareto``.
 
-plotly.js is part of the page and nothing is fetched, so it works offline, as a mail attachment, and in MLflow's artifact
-viewer (an iframe with sandbox="allow-scripts").
+plotly.js is part of the page and nothing is fetched: it works offline, as a mail attachment, and in MLflow's
+artifact viewer (an iframe with sandbox="allow-scripts").
 """
 
 import html
@@ -15,17 +15,23 @@ import plotly.graph_objects as go
 from analysis import style
 from analysis.labels import Box, place
 from analysis.pareto import Pareto, Point, Vertex, split_at, steps
+from analysis.scale import unmap
 from analysis.store import RUN_COLUMNS
 from analysis.style import Axes, Mark
 from trainables.record import UNITS
 
 HEIGHT_PX = 560
+# Named buttons only: plotly's default set has one that uploads the data to its makers' cloud.
+_CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "plotlyServerURL": "",
+    "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+}
 # The plot area that labels are laid out for; in a wider window they only get more room.
 _AREA = Box(0, 0, 760, 430)
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_GLANCE = (
-    *("T", "beta", "gamma", "rho", "epochs", "params_M", "size_MB", "t_pair_p95_ms", "verdict_detail"),
-)
+_GLANCE = ("T", "beta", "gamma", "rho", "epochs", "params_M", "size_MB", "t_pair_p95_ms", "verdict_detail")
 
 
 def render(pareto: Pareto) -> str:
@@ -33,12 +39,17 @@ def render(pareto: Pareto) -> str:
     figure = go.Figure()
     axes = style.axes(pareto) if pareto.points else None
     records: list[dict[str, Any]] = []
+    drawn: list[Point] = []
     if axes:
         _lines(figure, axes, pareto)
         for look, group in style.kinds(pareto.points):
             figure.add_trace(_trace(axes, look, group, len(records)))
             records += [_shown(point.record) for point in group]
+            drawn += group
         _layout(figure, axes, pareto)
+    # Until someone points at one, the panel shows the trial that most will look for: the fastest that passes.
+    fastest = sorted(range(len(drawn)), key=lambda i: (drawn[i].kind != "pass", drawn[i].p50.value))
+    first = fastest[0] if fastest else 0
     plot = (
         figure.to_html(
             full_html=False,
@@ -46,16 +57,13 @@ def render(pareto: Pareto) -> str:
             include_mathjax=False,
             div_id="pareto",
             default_height=f"{HEIGHT_PX}px",
-            config={
-                "displaylogo": False,
-                "responsive": True,
-                "modeBarButtonsToRemove": ["lasso2d", "select2d"],
-            },
+            config=_CONFIG,
         )
         if axes
         else "<p>No trial has both a drop and a latency yet.</p>"
     )
     return _PAGE.format(
+        font=_FONT,
         title=html.escape(f"Quality against latency: {pareto.sweep}"),
         sweep=html.escape(pareto.sweep),
         headline=html.escape(pareto.headline),
@@ -63,6 +71,7 @@ def render(pareto: Pareto) -> str:
         footer="".join(f"<p>{html.escape(line)}</p>" for line in style.footer(pareto)),
         records=_script_json(records),
         units=_script_json(dict(UNITS)),
+        first=first,
     )
 
 
@@ -104,9 +113,15 @@ def _trace(axes: Axes, look: Mark, group: Sequence[Point], first: int) -> go.Sca
     ys = [axes.y.map(p.drop.value) for p in group]
 
     def bars(high: list[float], low: list[float]) -> dict[str, Any]:
-        faint = 1.0 if len(group) < 12 else 0.5
-        return {"type": "data", "symmetric": False, "array": high, "arrayminus": low, "width": 0,
-                "thickness": 1.2 * faint, "color": look.colour}  # fmt: skip
+        return {
+            "type": "data",
+            "symmetric": False,
+            "array": high,
+            "arrayminus": low,
+            "width": 0,
+            "thickness": 1.3,
+            "color": style.faded(look.colour, len(group)),
+        }
 
     thin = "thin" in look.plotly or "open" in look.plotly
     outline = style.INK if look is style.TEACHER else look.colour if thin else "white"
@@ -116,16 +131,24 @@ def _trace(axes: Axes, look: Mark, group: Sequence[Point], first: int) -> go.Sca
         mode="markers",
         name=look.word,
         opacity=look.alpha,
-        marker={"symbol": look.plotly, "size": 1.35 * look.size, "color": look.colour,
-                "line": {"width": 2 if thin else 1, "color": outline}},
-        error_x=bars([axes.x.map(p.p50.hi) - x for p, x in zip(group, xs, strict=True)],
-                     [x - axes.x.map(p.p50.lo) for p, x in zip(group, xs, strict=True)]),
-        error_y=bars([axes.y.map(p.drop.hi) - y for p, y in zip(group, ys, strict=True)],
-                     [y - axes.y.map(p.drop.lo) for p, y in zip(group, ys, strict=True)]),
+        marker={
+            "symbol": look.plotly,
+            "size": 1.35 * look.size,
+            "color": look.colour,
+            "line": {"width": 2 if thin else 1, "color": outline},
+        },
+        error_x=bars(
+            [axes.x.map(p.p50.hi) - x for p, x in zip(group, xs, strict=True)],
+            [x - axes.x.map(p.p50.lo) for p, x in zip(group, xs, strict=True)],
+        ),
+        error_y=bars(
+            [axes.y.map(p.drop.hi) - y for p, y in zip(group, ys, strict=True)],
+            [y - axes.y.map(p.drop.lo) for p, y in zip(group, ys, strict=True)],
+        ),
         customdata=list(range(first, first + len(group))),
         text=[_hover(point) for point in group],
         hovertemplate="%{text}<extra></extra>",
-    )  # fmt: skip
+    )
 
 
 def _hover(point: Point) -> str:
@@ -148,21 +171,39 @@ def _hover(point: Point) -> str:
 def _layout(figure: go.Figure, axes: Axes, pareto: Pareto) -> None:
     x_title, y_title = style.axis_words(pareto)
     x_ticks = axes.x.ticks(axes.x_range[0], axes.right)
-    y_ticks = axes.y.ticks(style.unmap(axes.y, axes.y_range[0]), axes.top)
-    common = {"gridcolor": style.GRID, "linecolor": "#b8bcc0", "showline": True, "zeroline": False, "ticks": "outside",
-              "tickcolor": "#b8bcc0", "tickfont": {"color": style.MUTED}}  # fmt: skip
+    y_ticks = axes.y.ticks(unmap(axes.y, axes.y_range[0]), axes.top)
+    common = {
+        "gridcolor": style.GRID,
+        "linecolor": "#b8bcc0",
+        "showline": True,
+        "zeroline": False,
+        "ticks": "outside",
+        "tickcolor": "#b8bcc0",
+        "tickfont": {"color": style.MUTED},
+    }
     figure.update_layout(
         template="none",
         font={"family": _FONT, "size": 13, "color": style.INK},
-        margin={"l": 70, "r": 20, "t": 40, "b": 60},
+        margin={"l": 70, "r": 36, "t": 40, "b": 60},
         height=HEIGHT_PX,
         hovermode="closest",
-        hoverlabel={"bgcolor": "white", "bordercolor": "#c4c8cc", "align": "left", "font": {"color": style.INK}},
+        modebar={"orientation": "v"},
+        hoverlabel={
+            "bgcolor": "white",
+            "bordercolor": "#c4c8cc",
+            "align": "left",
+            "font": {"color": style.INK},
+        },
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemsizing": "constant"},
         xaxis={**common, "title": {"text": x_title}, "range": axes.x_range},
-        yaxis={**common, "title": {"text": y_title}, "range": axes.y_range,
-               "tickvals": [axes.y.map(v) for v, _ in y_ticks], "ticktext": [label for _, label in y_ticks]},
-    )  # fmt: skip
+        yaxis={
+            **common,
+            "title": {"text": y_title},
+            "range": axes.y_range,
+            "tickvals": [axes.y.map(v) for v, _ in y_ticks],
+            "ticktext": [label for _, label in y_ticks],
+        },
+    )
     if axes.x.linear_to is not None:
         figure.update_xaxes(
             tickvals=[axes.x.map(v) for v, _ in x_ticks], ticktext=[label for _, label in x_ticks]
@@ -173,9 +214,9 @@ def _layout(figure: go.Figure, axes: Axes, pareto: Pareto) -> None:
 
 def _labels(axes: Axes, pareto: Pareto) -> list[dict[str, Any]]:
     """Names of the points beside them, as far as there is room; hovering names the rest."""
-    wanted = [
-        (p, text) for p, text in style.labelled(pareto) if p.kind != "stopped" or len(pareto.points) <= 12
-    ]
+    # Hovering names a point, so in a crowd only those that matter most carry their name.
+    crowd = len(pareto.points) > 16
+    wanted = [(p, text) for p, text in style.labelled(pareto) if not crowd or p.on_front]
 
     def pixel(x: float, y: float) -> Vertex:
         (x0, x1), (y0, y1) = axes.x_range, axes.y_range
@@ -205,17 +246,27 @@ def _labels(axes: Axes, pareto: Pareto) -> list[dict[str, Any]]:
             continue
         dx, dy = (box.left + box.right) / 2 - anchor[0], anchor[1] - (box.bottom + box.top) / 2
         far = math.hypot(max(abs(dx) - (box.right - box.left) / 2, 0), max(abs(dy) - 8, 0)) > 14
-        found.append({
-            "x": axes.x.map(point.p50.value), "y": axes.y.map(point.drop.value), "ax": dx, "ay": dy,
-            "text": html.escape(text), "showarrow": True, "arrowhead": 0, "arrowwidth": 0.8,
-            "arrowcolor": "#9aa0a6" if far else "rgba(0,0,0,0)", "standoff": 6, "borderpad": 0,
-            "font": {"size": 12, "color": style.MUTED if point.kind == "stopped" else style.INK},
-        })  # fmt: skip
+        found.append(
+            {
+                "x": axes.x.map(point.p50.value),
+                "y": axes.y.map(point.drop.value),
+                "ax": dx,
+                "ay": dy,
+                "text": html.escape(text),
+                "showarrow": True,
+                "arrowhead": 0,
+                "arrowwidth": 0.8,
+                "arrowcolor": "#9aa0a6" if far else "rgba(0,0,0,0)",
+                "standoff": 6,
+                "borderpad": 0,
+                "font": {"size": 12, "color": style.MUTED if point.kind == "stopped" else style.INK},
+            }
+        )
     return found
 
 
 def _shown(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record for the panel: fields, extras, then the MLflow run; NaN has no JSON form and becomes text."""
+    """The record for the panel; NaN, which JSON lacks, becomes text."""
     body = {key: value for key, value in record.items() if key not in RUN_COLUMNS}
     body |= {key: record[key] for key in ("role", "status", "run_id") if key in record}
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in body.items()}
@@ -240,7 +291,7 @@ _PAGE = """<!DOCTYPE html>
 <style>
 :root {{ color-scheme: light; }}
 body {{ margin: 0 auto; max-width: 1400px; padding: 20px 24px; background: #fff; color: #1a1a1a;
-  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }}
+  font: 14px/1.45 {font}; }}
 header {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 16px; }}
 h1 {{ font-size: 21px; margin: 0; }}
 header span {{ color: #5f6368; margin-left: auto; }}
@@ -257,7 +308,10 @@ td:last-child {{ text-align: right; font-variant-numeric: tabular-nums; }}
 tr.none td {{ color: #b4b8bc; }}
 footer {{ color: #5f6368; font-size: 12.5px; margin-top: 8px; }}
 footer p {{ margin: 2px 0; }}
-@media (max-width: 900px) {{ main {{ grid-template-columns: minmax(0, 1fr); }} aside {{ max-height: none; }} }}
+@media (max-width: 900px) {{
+  main {{ grid-template-columns: minmax(0, 1fr); }}
+  aside {{ max-height: none; }}
+}}
 @media print {{ aside {{ display: none; }} main {{ display: block; }} }}
 </style>
 </head>
@@ -280,7 +334,8 @@ footer p {{ margin: 2px 0; }}
     const record = records[index];
     name.textContent = record.exp_id;
     body.replaceChildren(...Object.entries(record).map(([key, value]) => {{
-      const row = document.createElement("tr"), left = document.createElement("td"), right = document.createElement("td");
+      const row = document.createElement("tr");
+      const left = document.createElement("td"), right = document.createElement("td");
       left.textContent = key;
       left.title = units[key] || "";
       right.textContent = value === null ? "–" : typeof value === "number" && !Number.isInteger(value)
@@ -291,6 +346,7 @@ footer p {{ margin: 2px 0; }}
     }}));
   }}
   if (!plot || !plot.on) return;
+  show({first});
   plot.on("plotly_hover", (event) => {{
     const index = event.points[0].customdata;
     if (kept === null && index !== undefined) show(index);

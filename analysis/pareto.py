@@ -1,7 +1,7 @@
 """Quality against latency: which trials are worth having, computed first and drawn elsewhere.
 
-Axes: p50 latency per pair in ms, and the drop of the primary metric against the teacher in percent (positive =
-worse). Less is better on both, so the front runs from the lower right (the teacher's side) to the upper left.
+Axes: p50 latency per pair in ms, and the drop of the primary metric against the teacher in percent (positive
+is worse). Less is better on both: the front runs from the lower right (the teacher's side) to the upper left.
 """
 
 import math
@@ -35,8 +35,8 @@ class Interval:
 class Point:
     """One trial in the plane.
 
-    p50: ms per pair. drop: percent, positive = worse. kind: ``pass``, ``fail`` and ``unjudged`` (no gate) are trained to the
-    end, or stopped when they already met the gate; ``stopped`` were stopped before they did.
+    p50: ms per pair. drop: percent, positive = worse. kind: ``pass``, ``fail``, ``unjudged`` (no gate) were
+    trained to the end, or stopped when they already met the gate; ``stopped`` were stopped before they did.
     """
 
     exp_id: str
@@ -60,9 +60,10 @@ class Limit:
 class Pareto:
     """Everything a picture of one sweep needs.
 
-    ``front``: points that no other beats in both, fastest first (stopped ones take no part). ``hypervolume``: area in
-    ms * percent between the front and ``reference`` = (p50 ms, drop percent): the teacher's p50 and the gate's limit, where
-    known, else a tenth beyond the worst point. ``left_out``: (exp_id, why) of trials that have no place in the plane.
+    ``front``: points that no other beats in both, fastest first (stopped ones take no part).
+    ``hypervolume``: area in ms * percent between the front and ``reference`` = (p50 ms, drop percent): the
+    teacher's p50 and the gate's limit, where known, else a tenth beyond the worst point.
+    ``left_out``: (exp_id, why) of trials that have no place in the plane.
     """
 
     sweep: str
@@ -79,8 +80,8 @@ class Pareto:
 def run(tracking_uri: str, sweep: str, out_dir: str | Path, log: bool = True) -> list[Path]:
     """Write pareto.csv, pareto.png, pareto.html and curves.png into ``out_dir``, and return their paths.
 
-    log: also attach them to the sweep's parent run in MLflow. Raises InputError as ``analysis.store.load`` does, for runs
-    of different workloads, and for a folder that cannot be written.
+    log: also attach them to the sweep's parent run in MLflow. Raises InputError as ``store.load`` does, and
+    for runs of different workloads, and for a folder that cannot be written.
     """
     data = load(tracking_uri, sweep)
     paths = write(data, compute(data), out_dir)
@@ -121,7 +122,7 @@ def write(data: SweepData, pareto: Pareto, out_dir: str | Path) -> list[Path]:
 
 
 def compute(data: SweepData) -> Pareto:
-    """Points, front and hypervolume of a sweep. Raises InputError for trials of different workloads or no trial."""
+    """Points, front and hypervolume of a sweep. Raises InputError for different workloads, or no trial."""
     rows = data.trials.to_dicts()
     if not rows:
         raise InputError(
@@ -171,7 +172,7 @@ def mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def steps(front: Sequence[Point], top: float, right: float) -> list[Vertex]:
-    """Corners (ms, percent) of the front's step line, from the upper edge ``top`` to the right edge ``right``."""
+    """Corners (ms, percent) of the front's step line, from the upper edge ``top`` to ``right``."""
     line: list[Vertex] = []
     for point in front:
         x, y = point.p50.value, point.drop.value
@@ -183,7 +184,7 @@ def steps(front: Sequence[Point], top: float, right: float) -> list[Vertex]:
 
 
 def split_at(line: Sequence[Vertex], limit: float | None) -> tuple[list[Vertex], list[Vertex]]:
-    """A step line in two: the part above ``limit`` percent, and the part at or below it (all of it without a limit)."""
+    """A step line in two: above ``limit`` percent, and at or below it (all of it without a limit)."""
     if limit is None:
         return [], list(line)
     above: list[Vertex] = []
@@ -196,7 +197,7 @@ def split_at(line: Sequence[Vertex], limit: float | None) -> tuple[list[Vertex],
 
 
 def gate_of(settings: Mapping[str, str]) -> Limit | None:
-    """The gate in the parent run's settings (gate_metric, gate_at_most or gate_at_least), None without one."""
+    """The gate in the parent run's settings (gate_metric, gate_at_most or gate_at_least), if there is one."""
     metric = settings.get("gate_metric")
     if not metric or metric == "None":
         return None
@@ -212,7 +213,7 @@ def gate_of(settings: Mapping[str, str]) -> Limit | None:
 
 
 def check_one_workload(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError that lists the workloads when there is more than one: such results are not comparable."""
+    """Raises InputError, listing the workloads, when there is more than one: they are not comparable."""
     by_hash: dict[str, list[str]] = {}
     for row in rows:
         if row.get("workload_hash"):
@@ -223,7 +224,7 @@ def check_one_workload(rows: Sequence[Mapping[str, Any]]) -> None:
             for key, names in by_hash.items()
         )
         raise InputError(
-            f"{len(by_hash)} different workloads cannot be compared ({groups}); measure all of them on one workload"
+            f"{len(by_hash)} different workloads cannot be compared ({groups}); measure all on one workload"
         )
 
 
@@ -241,8 +242,13 @@ def headline(rows: Sequence[Mapping[str, Any]], gate: Limit | None) -> str:
 def caption(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Where the numbers come from: workload, domain, engine, device, in this order, only what is known."""
     parts = []
-    for name, key in (("workload", "workload_hash"), ("domain", "domain"), ("profile", "profile"),
-                      ("engine", "engine"), ("device", "device")):  # fmt: skip
+    for name, key in (
+        ("workload", "workload_hash"),
+        ("domain", "domain"),
+        ("profile", "profile"),
+        ("engine", "engine"),
+        ("device", "device"),
+    ):
         values = list(dict.fromkeys(str(row[key]) for row in rows if row.get(key)))
         if values:
             shown = [value[:12] for value in values] if key == "workload_hash" else values
@@ -251,7 +257,7 @@ def caption(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def frame(data: SweepData, pareto: Pareto) -> pl.DataFrame:
-    """All trials as a table: the 25 fields, the extras, the trials' own extras, then status, kind, on_front, left_out."""
+    """All trials as a table: 25 fields, extras, the trials' own extras, then their place in the picture."""
     placed = {id_of(point.record): point for point in pareto.points}
     reasons = dict(pareto.left_out)
     own = [name for name in data.trials.columns if name not in {*RUN_COLUMNS, *FIELDS, *EXTRAS}]
@@ -303,7 +309,7 @@ def _point(row: Mapping[str, Any]) -> Point | str:
             if is_stop(row.get("stop_reason"))
             else str(row["status"]).lower()
         )
-        return f"{why} ({state})"
+        return f"{why}; {state}"
     reason = row.get("stop_reason")
     return Point(str(row["exp_id"]), kind_of(row), p50, drop, False, reason if is_stop(reason) else None, row)
 
@@ -313,7 +319,7 @@ def _interval(row: Mapping[str, Any], key: str, lo: str, hi: str, unit: float) -
     if value is None:
         return None
     low, high = number(row.get(lo)), number(row.get(hi))
-    # An interval that leaves its value out (bootstrap of a ratio of means) is widened to it: bars have no negative length.
+    # A bootstrap interval can leave its value out; it is widened to it, as bars have no negative length.
     return Interval(
         value * unit,
         min(value if low is None else low, value) * unit,
@@ -358,6 +364,6 @@ def log_files(tracking_uri: str, run_id: str, paths: Sequence[Path]) -> None:
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"--tracking-uri {tracking_uri}: the files are written to {paths[0].parent}, but could not be attached to "
-            f"run {run_id} ({first[:200]}); use --no-log to write them only"
+            f"--tracking-uri {tracking_uri}: the files are in {paths[0].parent}, but could not be attached "
+            f"to run {run_id} ({first[:200]}); use --no-log to write them only"
         ) from error

@@ -3,15 +3,18 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes as MplAxes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from analysis import style
 from analysis.labels import Box, place
 from analysis.pareto import Pareto, Point, Vertex, split_at, steps
+from analysis.scale import unmap
 from analysis.style import Axes, Mark
 
 WIDTH_IN, HEIGHT_IN, DPI = 10.0, 6.4, 160
@@ -23,8 +26,8 @@ def draw(pareto: Pareto, path: Path) -> None:
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     foot = [piece for line in style.footer(pareto) for piece in textwrap.wrap(line, 135)]
-    bottom = 0.135 + 0.028 * len(foot)
-    ax = figure.add_axes((0.085, bottom, 0.895, 0.825 - bottom))
+    low = bottom(len(foot))
+    ax = figure.add_axes((0.085, low, 0.895, 0.825 - low))
     frame(figure, ax, "Quality against latency", pareto.sweep, pareto.headline, foot)
     if not pareto.points:
         ax.set_axis_off()
@@ -39,6 +42,11 @@ def draw(pareto: Pareto, path: Path) -> None:
     else:
         _plane(figure, ax, pareto)
     save(figure, path)
+
+
+def bottom(foot_lines: int) -> float:
+    """Lower edge of the axes as a share of the figure: room for the axis title and the caption."""
+    return 0.115 + 0.028 * foot_lines
 
 
 def frame(figure: Figure, ax: MplAxes, title: str, sweep: str, headline: str, foot: Sequence[str]) -> None:
@@ -67,26 +75,26 @@ def set_axes(ax: MplAxes, axes: Axes, x_title: str, y_title: str) -> None:
     ax.set_xlim(*axes.x_range)
     ax.set_ylim(*axes.y_range)
     x_ticks = axes.x.ticks(axes.x_range[0], axes.right)
-    y_ticks = axes.y.ticks(style.unmap(axes.y, axes.y_range[0]), axes.top)
+    y_ticks = axes.y.ticks(unmap(axes.y, axes.y_range[0]), axes.top)
     ax.set_xticks([axes.x.map(v) for v, _ in x_ticks], [label for _, label in x_ticks])
     ax.set_yticks([axes.y.map(v) for v, _ in y_ticks], [label for _, label in y_ticks])
     ax.set_xlabel(x_title, fontsize=10, color=style.INK, labelpad=6)
     ax.set_ylabel(y_title, fontsize=10, color=style.INK, labelpad=6)
 
 
-def gate_line(ax: MplAxes, axes: Axes, limit: float, text: str) -> None:
-    """The gate: what lies beyond it is shaded, the line is named at its right end."""
+def gate_line(ax: MplAxes, axes: Axes, limit: float, text: str, left: bool = False) -> None:
+    """The gate: what lies beyond it is shaded; named above its right end, or (left) below its left end."""
     place_y = axes.y.map(limit)
     ax.axhspan(place_y, max(axes.y_range[1], place_y), color="#f6efe8", zorder=0, lw=0)
     ax.axhline(place_y, color=style.GATE, linewidth=1.2, linestyle=(0, (6, 3)), zorder=1.5)
     ax.annotate(
         f"gate: {text}",
-        (1, place_y),
+        (0 if left else 1, place_y),
         xycoords=("axes fraction", "data"),
-        xytext=(-4, 3),
+        xytext=(6, -4) if left else (-4, 3),
         textcoords="offset points",
-        ha="right",
-        va="bottom",
+        ha="left" if left else "right",
+        va="top" if left else "bottom",
         fontsize=8.5,
         color=style.GATE,
     )
@@ -105,7 +113,20 @@ def _plane(figure: Figure, ax: MplAxes, pareto: Pareto) -> None:
             ax.plot(
                 *_places(axes, part), color=style.FRONT, linewidth=1.6, alpha=0.75, linestyle=dashes, zorder=2
             )
-    handles = [_marks(ax, axes, look, group) for look, group in style.kinds(pareto.points)]
+    for look, group in style.kinds(pareto.points):
+        _marks(ax, axes, look, group)
+    # One entry for all hollow marks: an entry for each does not fit above the axes.
+    looks = dict.fromkeys(
+        style.plain(point.kind)
+        for look in style.MARKS
+        for point in pareto.points
+        if style.mark(point) == look
+    )
+    handles = [Line2D([], [], linestyle="none", label=look.word, **_mark_style(look)) for look in looks]
+    if any(not style.mark(point).filled for point in pareto.points):
+        hollow = Line2D([], [], linestyle="none", marker="o", markersize=7, color=style.MUTED)
+        hollow.set(markerfacecolor="white", markeredgewidth=1.3, label="hollow: dominated")
+        handles.append(hollow)
     handles.append(Line2D([], [], color=style.FRONT, linewidth=1.6, alpha=0.75, label="front"))
     figure.legend(
         handles=handles,
@@ -136,8 +157,8 @@ def _places(axes: Axes, line: Sequence[Vertex]) -> tuple[list[float], list[float
     return [axes.x.map(x) for x, _ in line], [axes.y.map(y) for _, y in line]
 
 
-def _marks(ax: MplAxes, axes: Axes, look: Mark, group: Sequence[Point]) -> Line2D:
-    """Error bars under the markers of one kind; returns the legend's handle."""
+def _marks(ax: MplAxes, axes: Axes, look: Mark, group: Sequence[Point]) -> None:
+    """The markers of one look over their error bars."""
     xs, ys = _places(axes, [(p.p50.value, p.drop.value) for p in group])
     x_bars = [
         [x - axes.x.map(p.p50.lo) for x, p in zip(xs, group, strict=True)],
@@ -149,18 +170,32 @@ def _marks(ax: MplAxes, axes: Axes, look: Mark, group: Sequence[Point]) -> Line2
     ]
     faint = 0.55 if len(group) < 12 else 0.3
     ax.errorbar(
-        xs, ys, xerr=x_bars, yerr=y_bars, fmt="none", ecolor=look.colour, elinewidth=1,
-        alpha=faint * look.alpha, zorder=3,
-    )  # fmt: skip
+        xs,
+        ys,
+        xerr=x_bars,
+        yerr=y_bars,
+        fmt="none",
+        ecolor=look.colour,
+        elinewidth=1,
+        alpha=faint * look.alpha,
+        zorder=3,
+    )
     top = 6 if look is style.TEACHER else 5 if look.filled and look is not style.STOPPED else 4
-    (drawn,) = ax.plot(
-        xs, ys, linestyle="none", marker=look.mpl, markersize=look.size, color=look.colour, alpha=look.alpha,
-        markerfacecolor=look.colour if look.filled else "white",
-        markeredgecolor=style.INK if look is style.TEACHER else look.colour if not look.filled or look.mpl == "x" else "white",
-        markeredgewidth=1.6 if look.mpl == "x" else 1.3 if not look.filled else 0.8,
-        zorder=top, label=look.word, clip_on=False,
-    )  # fmt: skip
-    return drawn
+    ax.plot(xs, ys, linestyle="none", zorder=top, clip_on=False, **_mark_style(look))
+
+
+def _mark_style(look: Mark) -> dict[str, Any]:
+    cross = look.mpl == "x"
+    edge = style.INK if look is style.TEACHER else "white" if look.filled and not cross else look.colour
+    return {
+        "marker": look.mpl,
+        "markersize": look.size,
+        "color": look.colour,
+        "alpha": look.alpha,
+        "markerfacecolor": look.colour if look.filled else "white",
+        "markeredgecolor": edge,
+        "markeredgewidth": 1.6 if cross else 0.8 if look.filled else 1.3,
+    }
 
 
 def _labels(figure: Figure, ax: MplAxes, axes: Axes, pareto: Pareto, line: Sequence[Vertex]) -> int:
@@ -172,9 +207,17 @@ def _labels(figure: Figure, ax: MplAxes, axes: Axes, pareto: Pareto, line: Seque
         strong = point.on_front or point.kind == "teacher"
         colour = style.MUTED if point.kind == "stopped" else style.INK
         texts.append(
-            ax.text(0, 0, text, fontsize=FONT if strong else FONT - 1.3, color=colour,
-                    fontweight="bold" if strong and point.kind != "fail" else "normal", zorder=7)
-        )  # fmt: skip
+            ax.text(
+                0,
+                0,
+                text,
+                fontsize=FONT if strong else FONT - 1.3,
+                color=colour,
+                fontweight="bold" if strong and point.kind != "fail" else "normal",
+                zorder=7,
+                path_effects=[withStroke(linewidth=2.2, foreground="#ffffffb0")],
+            )
+        )
     sizes = [(box.width + 4, box.height) for box in (t.get_window_extent(renderer) for t in texts)]
 
     def pixel(x: float, y: float) -> tuple[float, float]:
@@ -202,14 +245,17 @@ def _labels(figure: Figure, ax: MplAxes, axes: Axes, pareto: Pareto, line: Seque
         soft.append(Box(area.x0, gate - unit, area.x1, gate + unit))
         hard.append(Box(area.x1 - 120 * unit, gate, area.x1, gate + 16 * unit))  # the gate's own name
     missing = 0
-    for text, anchor, box in zip(texts, anchors, place(anchors, sizes, hard, soft, bounds), strict=True):
+    for drawn, anchor, box in zip(
+        texts, anchors, place(anchors, sizes, hard, soft, bounds, unit), strict=True
+    ):
         if box is None:
-            text.remove()
+            drawn.remove()
             missing += 1
             continue
         inverse = ax.transData.inverted()
-        text.set_position(inverse.transform((box.left + 2, (box.bottom + box.top) / 2)))
-        text.set_verticalalignment("center")
+        x, y = inverse.transform((box.left + 2, (box.bottom + box.top) / 2))
+        drawn.set_position((float(x), float(y)))
+        drawn.set_verticalalignment("center")
         _leader(ax, anchor, box, unit)
     return missing
 
@@ -218,6 +264,6 @@ def _leader(ax: MplAxes, anchor: tuple[float, float], box: Box, unit: float) -> 
     """A hair line to a label that had to move away from its point."""
     x = min(max(anchor[0], box.left), box.right)
     y = min(max(anchor[1], box.bottom), box.top)
-    if abs(x - anchor[0]) + abs(y - anchor[1]) > 11 * unit:
+    if abs(x - anchor[0]) + abs(y - anchor[1]) > 14 * unit:
         ends = ax.transData.inverted().transform([anchor, (x, y)])
         ax.plot(ends[:, 0], ends[:, 1], color="#9aa0a6", linewidth=0.6, zorder=2.5)

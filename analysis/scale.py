@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Scale:
     """Maps a value to its place on an axis.
 
-    linear_to None: linear. Otherwise linear up to +-linear_to and logarithmic beyond (one unit per decade), so that
-    a gate of 1 % and a drop of 300 % fit into one picture without hiding either.
+    linear_to None: linear. Otherwise linear up to +-linear_to and logarithmic beyond (a unit per decade), so
+    that a gate of 1 % and a drop of 300 % fit into one picture without hiding either.
     """
 
     linear_to: float | None = None

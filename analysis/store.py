@@ -1,7 +1,7 @@
 """MLflow runs as polars frames: one sweep, its trials and their learning curves.
 
-A sqlite store is read by read-only SQL (20 times less CPU than ``mlflow.search_runs`` at 10,000 runs, and it can
-neither create nor migrate a database); any other store through the MLflow client. Both give the same frames.
+A sqlite store is read by read-only SQL (20 times less CPU than ``mlflow.search_runs`` at 10,000 runs, and it
+can neither create nor migrate a database); any other store through the MLflow client, with the same frames.
 """
 
 import json
@@ -49,8 +49,8 @@ class Run:
 class SweepData:
     """One sweep as logged.
 
-    ``trials``: a row per trial, oldest first: run_id, trial_id, role ("trial" | "teacher"), status, then the 25 record
-    fields, the extras, and whatever the trials' own extras add; null where a trial has no value.
+    ``trials``: a row per trial, oldest first: run_id, trial_id, role ("trial" | "teacher"), status, then the
+    25 record fields, the extras, and whatever the trials' own extras add; null where a trial has no value.
     ``curves``: long form (run_id, key, step = epoch, value), sorted, one value per (run_id, key, step).
     ``settings``: the parent run's parameters, as strings. ``notes``: lines a reader of the result should see.
     """
@@ -76,15 +76,15 @@ class Store(Protocol):
         ...
 
     def metrics(self, parent_id: str, keys: Sequence[str]) -> list[tuple[str, str, int, int, float]]:
-        """Every logged value of the keys for all trials of a parent: (run_id, key, step, timestamp, value)."""
+        """All values of the keys for all trials of a parent: (run_id, key, step, timestamp, value)."""
         ...
 
 
 def load(tracking_uri: str, sweep: str, curve_keys: Sequence[str] = ("val_drop",)) -> SweepData:
     """Read the sweep called ``sweep`` (its run name; also its run id or sweep id).
 
-    Raises InputError, in one line, for an unknown sweep (listing the known), an empty or missing store, and a store
-    that is locked, unreachable or not MLflow's.
+    Raises InputError, in one line, for an unknown sweep (listing the known), an empty or missing store, and a
+    store that is locked, unreachable or not MLflow's.
     """
     with open_store(tracking_uri) as store:
         parents = store.sweeps()
@@ -122,7 +122,7 @@ def load(tracking_uri: str, sweep: str, curve_keys: Sequence[str] = ("val_drop",
 
 
 def trial_frame(runs: Iterable[Run]) -> pl.DataFrame:
-    """One row per run from its ``record`` tag; a run without one (still running) has its tags and parameters."""
+    """One row per run from its ``record`` tag; a run without one (still running): its tags and parameters."""
     rows = [_row(run) for run in runs]
     names = dict.fromkeys((*RUN_COLUMNS, *FIELDS, *EXTRAS))
     for row in rows:
@@ -232,7 +232,8 @@ class SqlStore:
         rows = self._db.execute(
             "select m.run_uuid, m.key, m.step, m.timestamp, m.value, m.is_nan from tags t"
             " join runs r on r.run_uuid = t.run_uuid and r.lifecycle_stage = 'active'"
-            f" join metrics m on m.run_uuid = t.run_uuid and m.key in ({marks}) where t.key = ? and t.value = ?",
+            f" join metrics m on m.run_uuid = t.run_uuid and m.key in ({marks})"
+            " where t.key = ? and t.value = ?",
             (*keys, PARENT_TAG, parent_id),
         )
         return [
@@ -286,9 +287,11 @@ def _sql(uri: str) -> Iterator[SqlStore]:
 def _sql_problem(error: sqlite3.Error) -> str:
     text = str(error)
     if "locked" in text or "busy" in text:
-        return f"the database is locked by another program for more than {LOCK_WAIT_S:g} s; try again when it is done"
+        return (
+            f"another program has locked the database for over {LOCK_WAIT_S:g} s; try again when it is done"
+        )
     if "no such table" in text or "no such column" in text:
-        return f"this database is not an MLflow 3 store ({text}); give the URI of the store that the sweep was logged to"
+        return f"this database is not an MLflow 3 store ({text}); name the store of the sweep"
     if "not a database" in text or "malformed" in text:
         return f"this file cannot be read as a sqlite database ({text}); is it the right file, and whole?"
     return f"sqlite cannot read it ({text})"
@@ -321,10 +324,16 @@ class ClientStore:
             experiments = [e.experiment_id for e in _pages(self._client.search_experiments)]
             runs = _pages(self._client.search_runs, experiment_ids=experiments, filter_string=filter_string)
             return [
-                Run(r.info.run_id, r.info.run_name or "", r.info.status, r.info.start_time or 0, r.data.tags,
-                    r.data.params)
+                Run(
+                    r.info.run_id,
+                    r.info.run_name or "",
+                    r.info.status,
+                    r.info.start_time or 0,
+                    r.data.tags,
+                    r.data.params,
+                )
                 for r in runs
-            ]  # fmt: skip
+            ]
 
     @contextmanager
     def _one_line(self) -> Iterator[None]:

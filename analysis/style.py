@@ -1,4 +1,4 @@
-"""Colours, markers and words that all pictures share. Okabe and Ito's palette, safe for colour-blind readers."""
+"""Colours, markers and words that all pictures share: Okabe and Ito's palette, safe for the colour-blind."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ INK, MUTED, GRID, GATE, FRONT = "#1a1a1a", "#5f6368", "#e6e8eb", "#7a3b00", "#00
 
 @dataclass(frozen=True)
 class Mark:
-    """How a kind of point looks: shape and colour both tell kinds apart. ``plotly`` and ``mpl`` name the same shape."""
+    """How a kind of point looks: shape and colour both tell kinds apart; in either library."""
 
     word: str
     colour: str
@@ -47,6 +47,12 @@ def mark(point: Point) -> Mark:
     return _OF[point.kind][0 if point.on_front else 1]
 
 
+def faded(colour: str, crowd: int) -> str:
+    """A colour for error bars as CSS rgba: lighter than its marker, lighter still among many."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{0.6 if crowd < 12 else 0.35})"
+
+
 def plain(kind: Kind) -> Mark:
     """The look of a kind where the front plays no part."""
     return _OF[kind][0]
@@ -73,7 +79,7 @@ class Axes:
 
 
 def axes(pareto: Pareto) -> Axes:
-    """Latency on a linear axis; drop linear too, or logarithmic beyond the gate where drops go far past it."""
+    """Latency on a linear axis; drop too, or logarithmic beyond the gate where drops go far past it."""
     limit = pareto.gate.drop_pct if pareto.gate else None
     y = choose([p.drop.value for p in pareto.points], limit)
     drops = [value for p in pareto.points for value in (p.drop.value, p.drop.lo, p.drop.hi)]
@@ -85,7 +91,7 @@ def axes(pareto: Pareto) -> Axes:
 
 
 def labelled(pareto: Pareto) -> list[tuple[Point, str]]:
-    """Points and their labels, the most important first: teacher, front, passing, failing, stopped with the reason."""
+    """Points and their labels, the most important first: teacher, front, passing, failing, stopped (why)."""
     trials = [p for p in pareto.points if p.kind != "teacher"]
     names = dict(zip((id(p) for p in trials), short([p.exp_id for p in trials]), strict=True))
     rank = {"teacher": 0, "pass": 2, "unjudged": 3, "fail": 4, "stopped": 5}
@@ -94,8 +100,10 @@ def labelled(pareto: Pareto) -> list[tuple[Point, str]]:
         name = "teacher" if point.kind == "teacher" else names[id(point)]
         return f"{name} · {point.stop_reason}" if point.stop_reason else name
 
-    order = sorted(pareto.points, key=lambda p: (rank[p.kind] if not p.on_front else min(1, rank[p.kind]),
-                                                 p.drop.value, p.exp_id))  # fmt: skip
+    order = sorted(
+        pareto.points,
+        key=lambda p: (rank[p.kind] if not p.on_front else min(1, rank[p.kind]), p.drop.value, p.exp_id),
+    )
     return [(point, text(point)) for point in order]
 
 

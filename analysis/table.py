@@ -42,13 +42,19 @@ class Row:
             drop += f" [{self.drop_lo:+.2f}, {self.drop_hi:+.2f}]"
         reason = self.stop_reason if is_stop(self.stop_reason) else "–"
         return (
-            self.exp_id, _text(self.T), _text(self.beta), _text(self.epochs), drop,
-            "–" if self.p50_ms is None else f"{self.p50_ms:.2f}", self.verdict, reason,
-        )  # fmt: skip
+            self.exp_id,
+            _text(self.T),
+            _text(self.beta),
+            _text(self.epochs),
+            drop,
+            "–" if self.p50_ms is None else f"{self.p50_ms:.2f}",
+            self.verdict,
+            reason,
+        )
 
 
 def rows(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Teacher first, then the trials in their order. A record is ``Record.to_dict()``, with ``role`` where known.
+    """Teacher first, then the trials in order. A record is ``Record.to_dict()`` and, where known, ``role``.
 
     Raises InputError for records of different workloads.
     """
@@ -79,12 +85,16 @@ def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> 
 
 def render(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], sweep: str = "") -> Table:
     """The table for a terminal; ``settings``: the sweep's settings, for the number of pairs."""
-    table = Table(title=escape("  ·  ".join(part for part in (sweep, title(records, settings)) if part)),
-                  title_justify="left", title_style="bold")  # fmt: skip
+    table = Table(
+        title=escape("  ·  ".join(part for part in (sweep, title(records, settings)) if part)),
+        title_justify="left",
+        title_style="bold",
+    )
     for name in COLUMNS:
         right = name in ("T", "epochs", "drop [lo, hi] %", "p50 ms")
-        table.add_column(escape(name), justify="right" if right else "left", no_wrap=name != "exp_id",
-                         overflow="fold")  # fmt: skip
+        table.add_column(
+            escape(name), justify="right" if right else "left", no_wrap=name != "exp_id", overflow="fold"
+        )
     for row in rows(records):
         cells = [escape(cell) for cell in row.cells()]
         cells[6] = f"[{_STYLES[row.verdict]}]{cells[6]}[/]" if row.verdict in _STYLES else cells[6]
@@ -101,14 +111,38 @@ def markdown(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) 
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """The same as CSV with full precision: exp_id, T, beta, epochs, drop_pct, its ends, p50_ms, verdict, stop_reason."""
+    """The same as CSV with full precision; drop and its interval in percent, p50 in ms."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["exp_id", "T", "beta", "epochs", "drop_pct", "drop_lo_pct", "drop_hi_pct", "p50_ms", "verdict",
-                     "stop_reason"])  # fmt: skip
+    writer.writerow(
+        [
+            "exp_id",
+            "T",
+            "beta",
+            "epochs",
+            "drop_pct",
+            "drop_lo_pct",
+            "drop_hi_pct",
+            "p50_ms",
+            "verdict",
+            "stop_reason",
+        ]
+    )
     for r in rows(records):
-        writer.writerow([r.exp_id, r.T, r.beta, r.epochs, r.drop, r.drop_lo, r.drop_hi, r.p50_ms, r.verdict,
-                         r.stop_reason])  # fmt: skip
+        writer.writerow(
+            [
+                r.exp_id,
+                r.T,
+                r.beta,
+                r.epochs,
+                r.drop,
+                r.drop_lo,
+                r.drop_hi,
+                r.p50_ms,
+                r.verdict,
+                r.stop_reason,
+            ]
+        )
     return text.getvalue()
 
 
