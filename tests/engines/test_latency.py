@@ -49,7 +49,7 @@ def test_intervals_against_a_slow_bootstrap() -> None:
         p50.append(statistics.median(mine))
         p95.append(percentile(mine, 0.95))
         ratio.append(statistics.median([a[i] for i in rounds]) / p50[-1])
-    # Both are Monte-Carlo estimates of the same quantiles: allow a twentieth of the interval's own width.
+    # Both are Monte-Carlo estimates of the same quantiles: allow a part of the interval's own width.
     for lo, hi, slow in (
         (got.p50_lo, got.p50_hi, p50),
         (got.p95_lo, got.p95_hi, p95),
