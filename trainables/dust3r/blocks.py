@@ -3,6 +3,7 @@
 Sub-module names follow the published checkpoints, so that their state dicts load unchanged.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,8 @@ def rotary_positions(
         np.stack((-np.sin(angle), np.sin(angle)), axis=2),
     )
     # Tables outlive the call that made them: one made in inference_mode could not be used in training.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an export says that the tables become constants, as they should
         cos, sin = (torch.from_numpy(t[:, None]).to(device=device, dtype=dtype) for t in tables)
     return Positions(grid[0] * grid[1], cos, sin)
 

@@ -104,8 +104,8 @@ def point_errors(
     """Euclidean error of every pixel of both views, (B, H, W) each; zero where invalid.
 
     Prediction and truth are normalised by their own factors (see ``normalise_pointmaps``); with gt_scale the
-    truth keeps its scale. invariance: 'shift' then takes the joint median z from both sides, 'scale' makes the
-    prediction's spread that of the truth (with gt_scale) or both spreads 1, 'scale_shift' does both.
+    truth keeps its scale. invariance: 'shift' then takes the joint median z from both sides, 'scale' makes
+    the prediction's spread that of the truth (with gt_scale) or both spreads 1, 'scale_shift' does both.
     """
     _choice("invariance", invariance, INVARIANCES)
     masks = (valid1, valid2)
@@ -182,15 +182,15 @@ def laplace_kl(
     The divergence of two Laplace densities (Meyer, arXiv:1911.02088), with d = m_t - m_s, is
         KL = log(b_s / b_t) + (|d| + b_t exp(-|d| / b_t)) / b_s - 1
     because E_t |x - m_s| = |d| + b_t exp(-|d| / b_t) and the entropy of t is 1 + log(2 b_t). Softening
-    multiplies both scales by T: with r = b_t / b_s = conf_s / conf_t and u = |d| conf_t / T it splits into two
-    non-negative terms, neither of which cancels large numbers,
+    multiplies both scales by T: with r = b_t / b_s = conf_s / conf_t and u = |d| conf_t / T it splits into
+    two non-negative terms, neither of which cancels large numbers,
         KL = (r - 1 - log r) + r (u + exp(-u) - 1).
 
     What the factor T does (compare T^2 for softmax outputs, Hinton et al., arXiv:1503.02531): the derivative
     with respect to m_s is -sign(d) conf_s (1 - exp(-u)). Far from the teacher (|d| >> T / conf_t) its size is
-    conf_s, whatever T; close to it, it is conf_s conf_t |d| / T, so T widens the zone in which the pull weakens.
-    The derivative with respect to log conf_s is conf_s |d| + T (r exp(-u) - 1) per coordinate: the factor T
-    leaves the far part, conf_s |d|, alone, but the pull towards the teacher's confidence grows with T.
+    conf_s, whatever T; close to it, it is conf_s conf_t |d| / T, so T widens the zone in which the pull
+    weakens. The derivative with respect to log conf_s is conf_s |d| + T (r exp(-u) - 1) per coordinate: the
+    factor T leaves the far part, conf_s |d|, alone; the pull towards the teacher's confidence grows with T.
 
     The teacher's tensors get no gradient. valid None: every pixel. Raises InputError unless temperature > 0.
     """
