@@ -1,0 +1,128 @@
+"""Ray: start it on this machine, or join a running cluster; one line of help when that cannot be."""
+
+import contextlib
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.errors import InputError
+
+PACKAGES = ("sweeps", "trainables", "engines", "analysis")
+HOW_TO_START = (
+    "start one with `ray get-auth-token --generate` and `RAY_AUTH_MODE=token ray start --head`, "
+    "or leave --address out to run on this machine alone"
+)
+HOW_TO_TOKEN = (
+    "put the cluster's token into ~/.ray/auth_token (mode 600), or set RAY_AUTH_TOKEN_PATH to its file "
+    "(`ray get-auth-token` prints it on the head)"
+)
+# Ray reads these when it is imported. What they silence: callbacks that write files nobody reads, a
+# handler that hides Ctrl-C from the driver, a chdir that would break relative paths, and notices about
+# future versions.
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "100000000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_THRESHOLD_S": "60",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What can be used. slots: trials at a time; gpus: accelerators per trial (0 or 1)."""
+
+    slots: int
+    gpus: int
+
+
+@contextlib.contextmanager
+def connect(address: str | None) -> Iterator[Cluster]:
+    """Ray for the length of a sweep. address: None starts one here; `auto` or host:port joins one.
+
+    Raises InputError when no cluster answers or its token is missing or wrong.
+    """
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    if address is not None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        _check_token()
+        _check_port(address)
+    import ray
+
+    for name in ("ray", "ray.tune", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None:
+        options |= {"address": "local", "num_cpus": cores(), "include_dashboard": False}
+    else:
+        root = Path(__file__).resolve().parent.parent
+        options |= {
+            "address": address,
+            "runtime_env": {"py_modules": [str(root / package) for package in PACKAGES]},
+        }
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise _explained(address, error) from error
+    try:
+        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        gpus = 1 if total.get("GPU", 0) >= 1 else 0
+        slots = int(total["GPU"] if gpus else total.get("CPU", 1))
+        yield Cluster(slots=max(1, slots), gpus=gpus)
+    finally:
+        ray.shutdown()
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_token() -> None:
+    if os.environ["RAY_AUTH_MODE"] != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        found = path.read_text().strip()
+    except OSError as error:
+        raise InputError(
+            f"--address: no cluster token in {path} ({error.strerror}); {HOW_TO_TOKEN}"
+        ) from error
+    if not found:
+        raise InputError(f"--address: the token file {path} is empty; {HOW_TO_TOKEN}")
+
+
+def _check_port(address: str) -> None:
+    """Ray itself takes a minute to find that nobody listens."""
+    if address == "auto":
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://") or not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise InputError(f"--address {address}: expected `auto` or HOST:PORT of the head, e.g. 10.0.0.1:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        said = error.strerror or str(error)
+        raise InputError(f"--address {address}: no Ray cluster answers ({said}); {HOW_TO_START}") from error
+
+
+def _explained(address: str | None, error: Exception) -> InputError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if address is None:
+        return InputError(f"Ray could not start on this machine ({first}); see /tmp/ray for its logs")
+    refused = type(error).__name__ == "AuthenticationError" or "token" in first.lower()
+    if refused or "Failed to connect" in first:
+        return InputError(f"--address {address}: the cluster refused this driver ({first}); {HOW_TO_TOKEN}")
+    return InputError(f"--address {address}: no Ray cluster found ({first}); {HOW_TO_START}")

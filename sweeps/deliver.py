@@ -1,0 +1,173 @@
+"""What a sweep leaves: its files (each whole or absent), the choice of the best student, and the closing
+screen.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from sweeps.journal import TrialState
+from sweeps.ledger import Ledger
+from sweeps.progress import duration, percent
+from sweeps.settings import WORKLOAD, Resolved
+from sweeps.spec import Sweep
+from trainables.record import Record, write_csv
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best student of a sweep. trial: None where no trial has weights."""
+
+    trial: TrialState | None
+    why: str
+
+
+def choose(ledger: Ledger) -> Choice:
+    """The trial with the best validation among those that pass; the best validation of all where none does.
+
+    Validation chooses, the test split only reports: choosing by the test would make its number too good.
+    """
+    able = [
+        trial
+        for trial in ledger.state.trials.values()
+        if trial.role == "trial" and ledger.best_weights(trial.trial_id) and math.isfinite(_best(trial))
+    ]
+    if not able:
+        return Choice(None, "no trial has weights to choose from")
+    passing = [trial for trial in able if (trial.record or {}).get("verdict") == "pass"]
+    best = min(passing or able, key=_best)
+    field = f"{len(passing)} of {len(able)} trials pass" if passing else f"none of {len(able)} trials passes"
+    rank = "the lowest validation drop of those" if passing else "the lowest validation drop of all"
+    return Choice(best, f"{best.exp_id}: {field}; it has {rank}, {100 * _best(best):.2f} %")
+
+
+def write_files(sweep: Sweep, ledger: Ledger, resolved: Resolved) -> Choice:
+    """Write the sweep's files below `files/` and the workload beside them; each is told to the journal."""
+    files = ledger.folder / "files"
+    files.mkdir(exist_ok=True)
+    choice = choose(ledger)
+    for trial in ledger.state.trials.values():
+        weights = ledger.best_weights(trial.trial_id)
+        if trial.saves and weights:
+            _put(files / trial.saves, partial(shutil.copyfile, weights))
+            ledger.append("file", path=f"files/{trial.saves}", trial_id=trial.trial_id)
+    if sweep.best and choice.trial:
+        weights = ledger.best_weights(choice.trial.trial_id)
+        assert weights is not None
+        _put(files / sweep.best, partial(shutil.copyfile, weights))
+        ledger.append("file", path=f"files/{sweep.best}", trial_id=choice.trial.trial_id)
+    if sweep.log:
+        text = json.dumps(_log(ledger, choice), indent=1, allow_nan=False)
+        _put(files / sweep.log, lambda path: path.write_text(text))
+        ledger.append("file", path=f"files/{sweep.log}", trial_id=None)
+    rows = [Record.from_dict(trial.record) for trial in ledger.state.trials.values() if trial.record]
+    write_csv(files / "result_table.csv", rows)
+    ledger.append("file", path="files/result_table.csv", trial_id=None)
+    return choice
+
+
+def write_workload(ledger: Ledger, resolved: Resolved) -> None:
+    """workload.yaml with the protocol and its hash, so that a result can be measured again elsewhere."""
+    if WORKLOAD.name in resolved.models:
+        data = {"workload_hash": resolved.workload_hash, **resolved.workload}
+        text = yaml.safe_dump(data, sort_keys=False)
+        _put(ledger.folder / WORKLOAD.name, lambda path: path.write_text(text))
+
+
+def _put(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise OSError(error.errno, f"{path.name} could not be written ({reason})", str(path)) from error
+
+
+def _log(ledger: Ledger, choice: Choice) -> dict[str, Any]:
+    """All curves, records and verdicts, and the choice with its reason. Non-finite numbers become null."""
+    trials = []
+    for trial in ledger.state.trials.values():
+        stop = dict(zip(("epoch", "reason", "detail"), trial.stop, strict=True)) if trial.stop else None
+        curve = [{"epoch": epoch, **_finite(metrics)} for epoch, metrics in trial.results]
+        trials.append(
+            {
+                "trial_id": trial.trial_id,
+                "exp_id": trial.exp_id,
+                "task_id": trial.task_id,
+                "role": trial.role,
+                "params": trial.params,
+                "stop": stop,
+                "error": trial.error,
+                "curve": curve,
+                "record": trial.record,
+            }
+        )
+    header = {key: value for key, value in ledger.state.header.items() if key not in ("t", "event")}
+    chosen = choice.trial.exp_id if choice.trial else None
+    return {"sweep": header, "choice": {"exp_id": chosen, "why": choice.why}, "trials": trials}
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+
+
+def _best(trial: TrialState) -> float:
+    return min((drop for drop in trial.drops if math.isfinite(drop)), default=math.inf)
+
+
+def show_table(console: Console, ledger: Ledger) -> None:
+    """One row per trial: parameters, epochs, drop with interval, p50, verdict and stop reason."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (("exp_id", "left"), ("T", "right"), ("beta", "left"), ("epochs", "right")):
+        table.add_column(name, justify=justify, no_wrap=name == "exp_id")  # type: ignore[arg-type]
+    for name in ("drop [95 %]", "p50 ms", "verdict", "stop reason"):
+        table.add_column(name, justify="right" if name == "p50 ms" else "left", no_wrap=True)
+    for trial in ledger.state.trials.values():
+        record = trial.record or {}
+        verdict = str(record.get("verdict") or "-")
+        table.add_row(
+            trial.exp_id,
+            _cell(record.get("T")),
+            _cell(record.get("beta")),
+            _cell(record.get("epochs")),
+            _drop_cell(record),
+            "-" if record.get("t_pair_p50_ms") is None else f"{record['t_pair_p50_ms']:.2f}",
+            verdict,
+            str(record.get("stop_reason") or "-"),
+            style={"pass": "green", "fail": "red"}.get(verdict, ""),
+        )
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _drop_cell(record: Mapping[str, Any]) -> str:
+    drop, lo, hi = (record.get(key) for key in ("drop", "drop_lo", "drop_hi"))
+    text = percent(drop).removeprefix("drop ")
+    return text if lo is None or hi is None else f"{text} [{100 * lo:.2f}, {100 * hi:.2f}]"
+
+
+def show_times(console: Console, seconds: Mapping[str, float]) -> None:
+    """Wall time by phase, with each one's share."""
+    total = sum(seconds.values())
+    parts = [
+        f"{name} {duration(spent)} ({100 * spent / max(total, 1e-9):.0f} %)"
+        for name, spent in seconds.items()
+    ]
+    console.print(f"Wall time {duration(total)}: " + ", ".join(parts), soft_wrap=True, highlight=False)

@@ -1,0 +1,91 @@
+"""The command line, the same for every sweep script."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engines.errors import InputError
+from sweeps.settings import PROFILES, parse_set
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What was asked for. storage: an absolute folder. samples: searched trials (0 for the grid)."""
+
+    address: str | None
+    profile: str
+    search: str
+    samples: int
+    overrides: dict[str, Any]
+    storage: Path
+    tracking_uri: str | None
+    resume: bool
+    dry_run: bool
+    seed: int
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flags:
+    """Read the flags; InputError for what cannot be. doc: the script's docstring, shown by --help."""
+    first, _, rest = doc.strip().partition("\n")
+    parser = _Parser(
+        description=first,
+        epilog=f"examples:\n{rest}" if rest.strip() else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--address", metavar="HOST:PORT", help="a running Ray cluster, or `auto`; default: this machine alone"
+    )
+    add("--profile", choices=PROFILES, default="small", help="scale of everything (default: %(default)s)")
+    add(
+        "--search",
+        choices=("grid", "optuna"),
+        default="grid",
+        help="the plan's trials, or a search beyond them",
+    )
+    add("--samples", type=int, metavar="N", help="trials that --search optuna adds to the plan's own")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable")
+    add("--storage", default="./runs", metavar="FOLDER", help="where sweeps are kept (default: %(default)s)")
+    add("--tracking-uri", metavar="URI", help="MLflow store or server (default: sqlite in the storage)")
+    add("--resume", action="store_true", help="go on with an interrupted sweep; finished trials are kept")
+    add("--dry-run", action="store_true", help="print trials, files and estimated cost, and start nothing")
+    add("--seed", type=int, default=42, help="seed of the trials (default: %(default)s)")
+    given = parser.parse_args(argv)
+    if given.seed < 0:
+        raise InputError(f"--seed {given.seed}: expected 0 or more")
+    return Flags(
+        address=given.address,
+        profile=given.profile,
+        search=given.search,
+        samples=_samples(given.search, given.samples, searchable),
+        overrides=parse_set(given.set),
+        storage=Path(given.storage).expanduser().absolute(),
+        tracking_uri=given.tracking_uri,
+        resume=given.resume,
+        dry_run=given.dry_run,
+        seed=given.seed,
+    )
+
+
+def _samples(search: str, samples: int | None, searchable: bool) -> int:
+    if search == "grid":
+        if samples is not None:
+            raise InputError(
+                f"--samples {samples}: only --search optuna takes samples; add it or drop --samples"
+            )
+        return 0
+    if not searchable:
+        raise InputError("--search optuna: this sweep has no search space; use --search grid")
+    if samples is None:
+        raise InputError("--search optuna: expected --samples N, the number of trials to search")
+    if samples < 1:
+        raise InputError(f"--samples {samples}: expected 1 or more")
+    return samples

@@ -1,0 +1,312 @@
+"""Runs a sweep from its flags to its pictures: the one entry of every script under sweeps/.
+
+settings -> trials -> storage -> Ray -> what trials share -> training -> measuring -> files -> MLflow ->
+pictures. The journal is written at every step, so an interruption at any point costs at most the epoch in
+progress.
+"""
+
+import contextlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from engines.errors import InputError
+from sweeps import cluster as ray_cluster
+from sweeps import deliver, dry, flags
+from sweeps.ledger import Ledger
+from sweeps.measure import Bench, measure, prepare
+from sweeps.plan import Planned, Planner, refuse_hidden
+from sweeps.progress import Progress
+from sweeps.search import Search
+from sweeps.settings import Resolved, digest, resolve
+from sweeps.spec import Sweep
+from sweeps.tracking import Tracker, check_reachable, default_uri
+from sweeps.training import rule_of, train
+
+FLUSH_S = 60.0
+INTERRUPTED = 130
+
+
+@dataclass
+class Clock:
+    """Wall time by phase, from the start of the process."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=lambda: psutil.Process().create_time())
+
+    def mark(self, phase: str) -> None:
+        """The time since the last mark belongs to `phase`."""
+        now = time.time()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be done: the flags, the checked settings, the planned trials and the sweep's identity."""
+
+    sweep: Sweep
+    given: flags.Flags
+    resolved: Resolved
+    planner: Planner
+    planned: Sequence[Planned]
+    name: str
+    config: Mapping[str, Any]
+    command: str
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's own folder."""
+        return self.given.storage / self.name
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow's runs go."""
+        return self.given.tracking_uri or default_uri(self.given.storage)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The journal's first line."""
+        return {
+            "name": self.name,
+            "stage": self.sweep.stage,
+            "domain": self.sweep.domain,
+            "profile": self.given.profile,
+            "config_hash": digest(self.config),
+            "workload_hash": self.resolved.workload_hash,
+            "settings": dict(self.config),
+            "git_commit": git_commit(),
+            "command": self.command,
+        }
+
+
+def main(sweep: Sweep, argv: Sequence[str] | None = None) -> None:
+    """Run the sweep as the command line says. Exits with 2 for bad input, 130 when interrupted."""
+    code = run(sweep, argv)
+    if code:
+        sys.exit(code)
+
+
+def run(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
+    """`main` with the exit code as its result."""
+    command = shlex.join([Path(sys.executable).name, *sys.argv] if argv is None else [sweep.name, *argv])
+    try:
+        order = take_order(sweep, argv, command)
+        if order.given.dry_run:
+            dry.show(order.sweep, order.planned, order.resolved, order.folder, order.given.samples)
+            return 0
+        return _execute(order)
+    except (InputError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
+    """Flags and settings -> checked plan; InputError for anything that cannot be. Touches nothing."""
+    script = sys.modules["__main__"].__doc__ or f"Runs the {sweep.stage} sweep."
+    given = flags.parse(script, argv, searchable=bool(sweep.space))
+    resolved = resolve(sweep.settings, given.profile, given.overrides)
+    refuse_hidden(sweep, given.overrides)
+    planner = Planner(sweep, resolved, given.seed)
+    teacher = [planner.teacher()] if sweep.measure else []
+    planned = [*teacher, *(planner.plan(trial) for trial in sweep.trials)]
+    rule_of(sweep, resolved.values)
+    stem = sweep.name or Path(sys.argv[0]).stem
+    search = "_optuna" if given.search == "optuna" else ""
+    gate = {f"gate_{key}": value for key, value in vars(sweep.gate).items()} if sweep.gate else {}
+    config = {**resolved.values, "seed": given.seed, "search": given.search, **gate}
+    config |= {f"trial {p.exp_id}": dict(p.params) for p in planned if p.role == "trial"}
+    name = f"{stem}_{given.profile}_seed{given.seed}{search}"
+    return Order(sweep, given, resolved, planner, planned, name, config, command)
+
+
+def _execute(order: Order) -> int:
+    clock, console = Clock(), Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # a log file has no edge at which a table would have to wrap
+    check_reachable(order.tracking_uri)
+    ledger = Ledger.open(order.folder, order.given.resume)
+    try:
+        if order.given.resume:
+            ledger.check(order.header)
+        with _interruptible(), ray_cluster.connect(order.given.address) as cluster:
+            return _sweep(order, ledger, cluster, clock, console)
+    except KeyboardInterrupt:
+        return _interrupted(order, ledger, console)
+    finally:
+        ledger.abandon()
+
+
+def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Clock, console: Console) -> int:
+    sweep, values = order.sweep, order.resolved.values
+    common = {
+        "domain": sweep.domain,
+        "profile": order.given.profile,
+        "workload_hash": order.resolved.workload_hash,
+        "config_hash": digest(order.config),
+        "git_commit": git_commit(),
+        "seed": order.given.seed,
+    }
+    cache = order.given.storage / "cache"
+    bench = Bench(sweep, order.resolved, ledger, cluster, cache, common)
+    progress = Progress(console, rule_of(sweep, values).max_evals)
+    clock.mark("set-up")
+    with progress.show():
+        if sweep.measure:
+            prepare(bench, sweep.measure, progress)
+            clock.mark("teacher's outputs")
+        ledger.begin(order.header, order.command)
+        ledger.add(order.planned)
+        progress.watch(ledger.state.trials)
+        deliver.write_workload(ledger, order.resolved)
+        with contextlib.closing(Tracker(ledger.journal.path, order.tracking_uri)) as tracker:
+            tracker.start()
+            for batch in _batches(order, ledger, cluster.slots):
+                clock.mark("set-up")
+                with progress.phase("training"):
+                    train(sweep, ledger, batch, values, cluster, progress, cache)
+                clock.mark("training")
+                measure(bench, batch, progress)
+                clock.mark("measuring")
+            with progress.phase("reporting"):
+                choice = deliver.write_files(sweep, ledger, order.resolved)
+                pictures = _pictures(order, ledger, tracker)
+                ledger.append("end", status="finished")
+                missing = None if tracker.flush(FLUSH_S) else tracker.problem or "MLflow is busy"
+    clock.mark("reporting")
+    _closing(order, ledger, console, choice, pictures, missing)
+    deliver.show_times(console, clock.seconds)
+    return 0
+
+
+def _batches(order: Order, ledger: Ledger, slots: int) -> Iterator[Sequence[Planned]]:
+    """The plan's trials, then the search's, each batch asked for once the one before it is measured."""
+    yield order.planned
+    left = order.given.samples
+    if not left:
+        return
+    search = Search(order.sweep.space, order.planner, order.sweep.search_task, order.given.seed)
+    search.learn(order.planned, ledger.state.trials, order.resolved.values)
+    known = ledger.searched()
+    while left > 0:
+        count = search.batch(slots, left)
+        batch = [search.again(params) for params in known[:count]]
+        known = known[count:]
+        batch += search.ask(count - len(batch)) if len(batch) < count else []
+        ledger.add(batch)
+        yield batch
+        search.tell([ledger.trial(trial.trial_id) for trial in batch])
+        left -= count
+
+
+def _pictures(order: Order, ledger: Ledger, tracker: Tracker) -> list[Path]:
+    """The analysis of this sweep; a store that cannot be read now costs the pictures, not the sweep."""
+    from analysis import pareto
+
+    if not order.sweep.measure:
+        return []
+    if not tracker.flush(FLUSH_S):
+        return []
+    sweep_id = str(ledger.state.header["sweep_id"])
+    try:
+        paths = pareto.run(order.tracking_uri, sweep_id, ledger.folder / "files", log=False)
+    except InputError as error:
+        print(f"warning: no pictures: {error}", file=sys.stderr)
+        return []
+    for path in paths:
+        ledger.append("file", path=f"files/{path.name}", trial_id=None)
+    return paths
+
+
+def _closing(
+    order: Order,
+    ledger: Ledger,
+    console: Console,
+    choice: deliver.Choice,
+    pictures: list[Path],
+    missing: str | None,
+) -> None:
+    deliver.show_table(console, ledger)
+    say = console.print
+    if order.sweep.best:
+        say(f"Best student: {choice.why}.", soft_wrap=True)
+    hint = _hint(order, ledger)
+    if hint:
+        say(hint, soft_wrap=True)
+    say(f"Files: {shown(ledger.folder / 'files')}", soft_wrap=True)
+    for path in pictures:
+        if path.suffix in (".png", ".html"):
+            say(f"  {shown(path)}", soft_wrap=True)
+    if missing:
+        say(
+            f"Not all is in MLflow yet ({missing}); the journal holds it: run this again with --resume.",
+            soft_wrap=True,
+        )
+    say(f"Compare the runs: mlflow ui --backend-store-uri {shlex.quote(order.tracking_uri)}", soft_wrap=True)
+
+
+def _hint(order: Order, ledger: Ledger) -> str:
+    """Why a short profile ends in `fail`, so that nobody takes it for a defect."""
+    verdicts = [(t.record or {}).get("verdict") for t in ledger.state.trials.values() if t.role == "trial"]
+    if order.given.profile != "demo" or "fail" not in verdicts or "pass" in verdicts:
+        return ""
+    epochs = order.resolved.values.get("epochs", "few")
+    return (
+        f"No trial passes: the demo's {epochs} epochs show the machinery, not the quality. "
+        "Leave --profile demo out (profile small) to meet the gate."
+    )
+
+
+def _interrupted(order: Order, ledger: Ledger, console: Console) -> int:
+    if ledger.state.header:
+        ledger.append("end", status="interrupted")
+        resume = order.command if order.given.resume else f"{order.command} --resume"
+        console.print(f"\nInterrupted; nothing finished is lost. Go on with: {resume}", soft_wrap=True)
+    else:
+        console.print("\nInterrupted before the first trial; nothing was begun.")
+    return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM, which schedulers of clusters send, ends a sweep as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def shown(path: Path) -> str:
+    """A path as one would type it here."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+def git_commit() -> str | None:
+    """The code's commit, with "+" where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

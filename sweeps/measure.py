@@ -1,0 +1,230 @@
+"""The measuring phase: quality packed, latency alone on its node, then one record and one verdict per
+trial.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from engines.errors import InputError
+from sweeps.cluster import Cluster
+from sweeps.journal import TrialState
+from sweeps.ledger import Ledger
+from sweeps.plan import Planned
+from sweeps.progress import Progress
+from sweeps.settings import Resolved
+from sweeps.spec import Measures, Sweep
+from sweeps.training import one_line
+from trainables.gates import Gate
+from trainables.record import Record, finite, now
+
+OWN_FIELDS = {field.name for field in fields(Record)} - {"extra"}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What measuring needs: the sweep, its settings, where things lie, and what every record repeats."""
+
+    sweep: Sweep
+    resolved: Resolved
+    ledger: Ledger
+    cluster: Cluster
+    cache_dir: Path
+    common: Mapping[str, Any]
+
+    def job(self, trial: Planned | None) -> dict[str, Any]:
+        """What a measuring function is given; None or the teacher: no weights."""
+        job: dict[str, Any] = {
+            "domain": self.sweep.domain,
+            "settings": dict(self.resolved.values),
+            "seed": trial.seed if trial else self.common["seed"],
+            "work_dir": str(self.ledger.folder / "work"),
+            "cache_dir": str(self.cache_dir),
+        }
+        if trial:
+            weights = self.ledger.best_weights(trial.trial_id) if trial.role == "trial" else None
+            job |= {
+                "trial_id": trial.trial_id,
+                "exp_id": trial.exp_id,
+                "params": dict(trial.params),
+                "state_dir": str(self.ledger.state_dir(trial.trial_id)),
+                "weights": str(weights) if weights else None,
+            }
+        return job
+
+
+def prepare(bench: Bench, measures: Measures, progress: Progress) -> None:
+    """Build what all trials share, alone on one node; InputError of the builder is passed on."""
+    Path(bench.job(None)["work_dir"]).mkdir(parents=True, exist_ok=True)
+    with progress.phase("preparing what all trials share"):
+        _raise(_wait([_alone(bench.cluster).remote(measures.prepare, bench.job(None))])[0])
+
+
+def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> None:
+    """Measure every trial that has no record yet, and write its record to the journal."""
+    todo = [p for p in planned if bench.ledger.trial(p.trial_id).record is None]
+    measures = bench.sweep.measure
+    able = [p for p in todo if p.role == "teacher" or bench.ledger.best_weights(p.trial_id)]
+    found: dict[str, dict[str, Any]] = {trial.trial_id: {} for trial in todo}
+    if measures and able:
+        Path(bench.job(None)["work_dir"]).mkdir(parents=True, exist_ok=True)
+        with progress.phase("measuring", total=2 * len(able)):
+            task = ray.remote(num_cpus=1, num_gpus=bench.cluster.gpus, max_retries=2)(_call)
+            pending = {task.remote(measures.measure_quality, bench.job(trial)): trial for trial in able}
+            for done, (ref, trial) in enumerate(pending.items()):
+                progress.item(f"quality of {trial.exp_id}", done)
+                _merge(found[trial.trial_id], _wait([ref])[0], "quality")
+            alone = _alone(bench.cluster)
+            for done, trial in enumerate(able):
+                progress.item(f"latency of {trial.exp_id}, alone on its device", len(able) + done)
+                result = _wait([alone.remote(measures.measure_latency, bench.job(trial))])[0]
+                _merge(found[trial.trial_id], result, "latency")
+    events = []
+    for trial in todo:
+        record = build_record(bench, trial, found[trial.trial_id])
+        events.append(("record", {"trial_id": trial.trial_id, "record": record.to_dict()}))
+    if events:
+        bench.ledger.append_many(events)
+
+
+def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Record:
+    """The trial's record: its parameters, what was measured, how its training ended, and the verdict."""
+    state = bench.ledger.trial(trial.trial_id)
+    measured = {key: value for key, value in found.items() if key in OWN_FIELDS}
+    extra = {key: value for key, value in found.items() if key not in OWN_FIELDS | {"extra", "_errors"}}
+    extra |= found.get("extra") or {}
+    if bench.sweep.measure is None and state.results:
+        own, more = _from_last_result(state)
+        measured, extra = own | measured, more | extra
+    seconds = [metrics.get("epoch_s", math.nan) for _, metrics in state.results]
+    hours = finite(sum(second for second in seconds if math.isfinite(second)) / 3600)
+    values: dict[str, Any] = {
+        **bench.common,
+        "exp_id": trial.exp_id,
+        "task_id": trial.task_id,
+        "combo": trial.combo,
+        "seed": trial.seed,
+        "datetime": now(),
+        "parent": "teacher" if trial.role == "trial" and bench.sweep.measure else None,
+        **_params(trial),
+        **measured,
+        "stop_reason": "failed" if state.error and not state.stop else state.stop[1] if state.stop else None,
+        "epochs": state.epoch if trial.role == "trial" else None,
+        "gpu_hours": hours if bench.cluster.gpus else None,
+        "notes": _notes(state, found),
+    }
+    if trial.role == "trial":
+        extra = {"cpu_hours": None if bench.cluster.gpus else hours, **_late_rise(state, values), **extra}
+    row = {**values, **extra}
+    row = {key: finite(value) if isinstance(value, float) else value for key, value in row.items()}
+    record = Record.from_dict(row)
+    verdict, detail = judge(record, bench.sweep.gate, trial)
+    return Record.from_dict({**record.to_dict(), "verdict": verdict, "verdict_detail": detail})
+
+
+def judge(record: Record, gate: Gate | None, trial: Planned) -> tuple[str, str]:
+    """Verdict and its numbers in words: every gate must pass, the sweep's and the trial's own."""
+    if record.stop_reason in ("diverged", "failed"):
+        return "fail", f"the trial {record.stop_reason}; its best weights until then were measured"
+    gates = [*([gate] if gate else []), *trial.gates]
+    if not gates:
+        return "n/a", "this sweep has no gate"
+    verdicts = [one.judge(record, role=trial.role) for one in gates]
+    worst = min((verdict.verdict for verdict in verdicts), key=["fail", "n/a", "pass"].index)
+    return worst, "; ".join(dict.fromkeys(verdict.detail for verdict in verdicts))
+
+
+def _params(trial: Planned) -> dict[str, Any]:
+    """The parameters that are fields of the record; a schedule is written as its data."""
+    own = {}
+    for key, value in trial.params.items():
+        if key in OWN_FIELDS:
+            own[key] = value if isinstance(value, int | float | str) or value is None else _words(value)
+    return own
+
+
+def _words(schedule: Mapping[str, Any]) -> str:
+    if "linear" in schedule:
+        return "linear " + " to ".join(f"{value:g}" for value in schedule["linear"])
+    parts = zip(schedule["step"], schedule["shares"], strict=True)
+    return ", then ".join(f"{value:g} for {100 * share:g} %" for value, share in parts)
+
+
+def _from_last_result(state: TrialState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where nothing is measured after training, the last validation is the result."""
+    metrics = state.results[-1][1]
+    own = {"drop": metrics.get("val_drop"), "quality": metrics.get("val_quality")}
+    own |= {key: value for key, value in metrics.items() if key in OWN_FIELDS}
+    skip = {"val_drop", "val_quality", "epoch_s"}
+    return own, {key: value for key, value in metrics.items() if key not in OWN_FIELDS and key not in skip}
+
+
+def _late_rise(state: TrialState, values: Mapping[str, Any]) -> dict[str, float]:
+    """How far validation rose above its best in the last third, in half widths of the drop's interval."""
+    drops, lo, hi = state.drops, values.get("drop_lo"), values.get("drop_hi")
+    if len(drops) < 3 or lo is None or hi is None or not hi > lo or not all(map(math.isfinite, drops)):
+        return {}
+    late = drops[-max(1, len(drops) // 3) :]
+    return {"late_rise": (max(late) - min(drops)) / ((hi - lo) / 2)}
+
+
+def _notes(state: TrialState, found: Mapping[str, Any]) -> str | None:
+    words = [state.error] if state.error and not state.stop else []
+    words += [state.stop[2]] if state.stop and state.stop[1] != "completed" else []
+    words += [str(found["notes"])] if found.get("notes") else []
+    words += [f"{what} not measured: {error}" for what, error in found.get("_errors", {}).items()]
+    return "; ".join(words) or None
+
+
+def _call(function: Any, job: dict[str, Any]) -> Any:
+    return function(job)
+
+
+def _alone(cluster: Cluster) -> Any:
+    """A Ray task that holds a whole node, always the same one, so that its times compare."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes.sort(key=lambda n: (-n["Resources"].get("GPU", 0), -n["Resources"].get("CPU", 0), n["NodeID"]))
+    node = nodes[0]
+    options: dict[str, Any] = {
+        "num_cpus": max(1, int(node["Resources"].get("CPU", 1))),
+        "num_gpus": min(cluster.gpus, node["Resources"].get("GPU", 0)),
+        "max_retries": 2,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False),
+    }
+    return ray.remote(**options)(_call)
+
+
+def _wait(refs: Sequence[Any]) -> list[Any]:
+    """The tasks' results, or the exceptions in their place."""
+    results: list[Any] = []
+    for ref in refs:
+        try:
+            results.append(ray.get(ref))
+        except ray.exceptions.RayError as error:
+            results.append(getattr(error, "cause", None) or error)
+    return results
+
+
+def _raise(result: Any) -> None:
+    if isinstance(result, InputError):
+        raise InputError(str(result))
+    if isinstance(result, Exception):
+        raise result
+
+
+def _merge(into: dict[str, Any], result: Any, what: str) -> None:
+    """Take in what was measured; an error becomes a note, for the other trials must not wait for it."""
+    if isinstance(result, Exception):
+        into.setdefault("_errors", {})[what] = one_line(result)
+        return
+    extra = {**into.get("extra", {}), **(result.get("extra") or {})}
+    notes = "; ".join(str(d["notes"]) for d in (into, result) if d.get("notes"))
+    into.update(result)
+    into["extra"] = extra
+    if notes:
+        into["notes"] = notes

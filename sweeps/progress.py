@@ -1,0 +1,165 @@
+"""What a person sees while a sweep runs: a live table on a terminal, a line now and then elsewhere."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from sweeps.journal import TrialState
+
+PLAIN_EVERY_S = 10.0
+
+
+@dataclass
+class Progress:
+    """Counts epochs and measurements, and estimates the time left from the pace so far."""
+
+    console: Console
+    epochs: int
+    trials: dict[str, TrialState] = field(default_factory=dict)
+    running: set[str] = field(default_factory=set)
+    phase_s: dict[str, float] = field(default_factory=dict)
+    _phase: str = ""
+    _since: float = 0.0
+    _base: int = 0
+    _total: int = 0
+    _done: int = 0
+    _item: str = ""
+    _said: float = 0.0
+    _live: Live | None = None
+
+    @contextmanager
+    def show(self) -> Iterator[None]:
+        """The live display for as long as this is open; nothing but plain lines where there is no
+        terminal.
+        """
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(get_renderable=self._render, console=self.console, transient=True) as live:
+            self._live = live
+            try:
+                yield
+            finally:
+                self._live = None
+
+    @contextmanager
+    def phase(self, name: str, total: int = 0) -> Iterator[None]:
+        """A part of the sweep; its seconds add up in `phase_s`."""
+        self._phase, self._since, self._total, self._done, self._item = name, time.monotonic(), total, 0, ""
+        self._base = self._epochs_done()
+        self._say(force=True)
+        try:
+            yield
+        finally:
+            self.phase_s[name] = self.phase_s.get(name, 0.0) + time.monotonic() - self._since
+
+    def watch(self, trials: dict[str, TrialState]) -> None:
+        """The trials to count; the dict is the sweep's own and grows with it."""
+        self.trials = trials
+
+    def started(self, trial: TrialState) -> None:
+        """A trial runs."""
+        self.running.add(trial.trial_id)
+        self._say()
+
+    def result(self, trial: TrialState) -> None:
+        """An epoch ended."""
+        self._say()
+
+    def stopped(self, trial: TrialState) -> None:
+        """A trial's training is over."""
+        self.running.discard(trial.trial_id)
+        epoch, reason, detail = trial.stop or (0, "", "")
+        self._line(f"{trial.exp_id}: {reason} after epoch {epoch}. {detail}")
+
+    def failed(self, trial: TrialState) -> None:
+        """A trial was given up."""
+        self.running.discard(trial.trial_id)
+        self._line(f"{trial.exp_id}: failed. {trial.error}")
+
+    def item(self, name: str, done: int) -> None:
+        """`done` of the phase's items are ready; `name` is at work."""
+        self._item, self._done = name, done
+        self._say()
+
+    def time_left_s(self) -> float | None:
+        """Estimate for the present phase in seconds, None before its first item ended."""
+        spent = time.monotonic() - self._since
+        if self._phase == "training":
+            done, todo = self._epochs_done() - self._base, self._epochs_left()
+        else:
+            done, todo = self._done, self._total - self._done
+        return spent / done * todo if done > 0 else None
+
+    def _mine(self) -> list[TrialState]:
+        return [trial for trial in list(self.trials.values()) if trial.role == "trial"]
+
+    def _epochs_done(self) -> int:
+        return sum(trial.epoch for trial in self._mine())
+
+    def _epochs_left(self) -> int:
+        return sum(self.epochs - t.epoch for t in self._mine() if t.stop is None and t.error is None)
+
+    def _headline(self) -> str:
+        mine = self._mine()
+        over = sum(trial.stop is not None or trial.error is not None for trial in mine)
+        early = sum(trial.stop is not None and trial.stop[1] != "completed" for trial in mine)
+        left = self.time_left_s()
+        words = [self._phase or "starting"]
+        if self._phase == "training":
+            words.append(f"{over} of {len(mine)} trials done" + (f", {early} stopped early" if early else ""))
+        elif self._total:
+            words.append(f"{self._done} of {self._total}" + (f" ({self._item})" if self._item else ""))
+        if left is not None:
+            words.append(
+                f"about {duration(left)} left" + (" before measuring" if self._phase == "training" else "")
+            )
+        return ", ".join(words)
+
+    def _say(self, force: bool = False) -> None:
+        if self._live is None and (force or time.monotonic() - self._said > PLAIN_EVERY_S):
+            running = [
+                f"{trial.exp_id} {trial.epoch}/{self.epochs} {percent(_last(trial))}"
+                for trial in self._mine()
+                if trial.trial_id in self.running
+            ]
+            self._line("; ".join([self._headline(), *(running if self._phase == "training" else [])]))
+
+    def _line(self, text: str) -> None:
+        self._said = time.monotonic()
+        self.console.print(Text(text), soft_wrap=True)
+
+    def _render(self) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for trial in self._mine():
+            if trial.trial_id in self.running and self._phase == "training":
+                bar = ProgressBar(total=self.epochs, completed=trial.epoch, width=20)
+                table.add_row(trial.exp_id, bar, f"epoch {trial.epoch}/{self.epochs}", percent(_last(trial)))
+        return Group(Text(self._headline()), table)
+
+
+def _last(trial: TrialState) -> float | None:
+    return trial.drops[-1] if trial.results else None
+
+
+def percent(drop: float | None) -> str:
+    """A drop in words: "drop 1.23 %"; a dash where there is none."""
+    return "-" if drop is None or not math.isfinite(drop) else f"drop {100 * drop:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

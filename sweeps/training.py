@@ -1,0 +1,188 @@
+"""The training phase: unfinished trials through Ray Tune, judged after each epoch; everything lands in the
+journal.
+"""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback
+from ray.tune.search import Searcher
+
+from sweeps.cluster import Cluster
+from sweeps.ledger import Ledger
+from sweeps.plan import Planned
+from sweeps.progress import Progress
+from sweeps.scheduler import StopLossScheduler
+from sweeps.spec import Sweep
+from sweeps.stoploss import StopLossRule
+
+RETRIES = 3
+
+
+def rule_of(sweep: Sweep, values: Mapping[str, Any]) -> StopLossRule:
+    """The stop-loss rule that the settings describe; without any, a trial runs its epochs."""
+    limit = sweep.gate.at_most if sweep.gate else None
+    keys = ("grace", "patience", "eta", "min_peers")
+    return StopLossRule(
+        budget=values.get("budget", limit if limit is not None else 0.01),
+        max_evals=values.get("epochs", sweep.epochs),
+        **{key: values[key] for key in keys if key in values},
+    )
+
+
+def unfinished(ledger: Ledger, planned: Sequence[Planned]) -> list[Planned]:
+    """The trials that still have to train; those that failed in an earlier run get another chance."""
+    return [p for p in planned if p.role == "trial" and ledger.trial(p.trial_id).stop is None]
+
+
+def train(
+    sweep: Sweep,
+    ledger: Ledger,
+    planned: Sequence[Planned],
+    values: Mapping[str, Any],
+    cluster: Cluster,
+    progress: Progress,
+    cache_dir: Path,
+) -> None:
+    """Train what is unfinished. A trial that raises is retried, then recorded as failed; the others go on."""
+
+    def on_result(trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
+        ledger.append("result", trial_id=trial_id, epoch=epoch, metrics=metrics)
+        progress.result(ledger.trial(trial_id))
+
+    def on_stop(trial_id: str, epoch: int, reason: str, detail: str) -> None:
+        ledger.append("stop", trial_id=trial_id, epoch=epoch, reason=reason, detail=detail)
+        progress.stopped(ledger.trial(trial_id))
+
+    histories = {key: trial.drops for key, trial in ledger.state.trials.items() if trial.results}
+    scheduler = _Timed(rule_of(sweep, values), on_result, on_stop, histories)
+    waiting = []
+    for trial in unfinished(ledger, planned):
+        # The driver may have died between the last result and its stop.
+        found = scheduler.judge(trial.trial_id) if trial.trial_id in histories else None
+        if found:
+            on_stop(trial.trial_id, ledger.trial(trial.trial_id).epoch, *found)
+        else:
+            waiting.append(trial)
+    if not waiting:
+        return
+    configs = [
+        {
+            "trial_id": trial.trial_id,
+            "state_dir": str(ledger.state_dir(trial.trial_id)),
+            "cache_dir": str(cache_dir),
+            "domain": sweep.domain,
+            "params": dict(trial.params),
+            "settings": dict(values),
+            "seed": trial.seed,
+        }
+        for trial in waiting
+    ]
+    for config in configs:
+        Path(str(config["state_dir"])).mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)
+    try:
+        tune.Tuner(
+            tune.with_resources(sweep.trainable, {"cpu": 1, "gpu": cluster.gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=_Queue(configs),
+                scheduler=scheduler,
+                num_samples=len(configs),
+                max_concurrent_trials=cluster.slots,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=scratch,
+                callbacks=[_Watch(ledger, progress)],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                verbose=0,
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    for trial in waiting:
+        state = ledger.trial(trial.trial_id)
+        if state.stop is None and state.error is None:
+            _fail(ledger, trial.trial_id, "Ray ended the trial without a word")
+
+
+class _Unsaved:
+    """Ray pickles what runs a sweep, to restore from it; this project never does, and locks cannot be pickled."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Timed(_Unsaved, StopLossScheduler):
+    """Adds the seconds of each epoch to its numbers: they make the hours of the record."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        result.setdefault("epoch_s", result.get("time_this_iter_s"))
+        return super().on_trial_result(tune_controller, trial, result)
+
+
+class _Queue(Searcher):
+    """Hands out the trials in the plan's order."""
+
+    def __init__(self, configs: Sequence[dict[str, Any]]) -> None:
+        super().__init__()
+        self._left = list(configs)
+
+    def suggest(self, trial_id: str) -> Any:
+        return self._left.pop(0) if self._left else Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Nothing to learn here: a search asks and tells between phases."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the journal says what is left."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
+
+
+class _Watch(_Unsaved, Callback):
+    """Tells the journal of trials that Ray gave up on, and the display of trials that start."""
+
+    def __init__(self, ledger: Ledger, progress: Progress) -> None:
+        self._ledger, self._progress = ledger, progress
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._progress.started(self._ledger.trial(trial.config["trial_id"]))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        trial_id = trial.config["trial_id"]
+        path = Path(str(trial.error_file))
+        _fail(self._ledger, trial_id, last_error(path.read_text() if path.is_file() else "lost its worker"))
+        self._progress.failed(self._ledger.trial(trial_id))
+
+
+def _fail(ledger: Ledger, trial_id: str, error: str) -> None:
+    ledger.append("failed", trial_id=trial_id, error=error)
+
+
+def last_error(text: str) -> str:
+    """The exception of the last failure in what Ray writes of a trial's failures."""
+    lines = [line.strip() for line in text.split("Failure #")[-1].splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
+    return (named or lines or ["unknown error"])[-1][:300]
+
+
+def one_line(error: BaseException | str) -> str:
+    """What went wrong without its traceback: the last line of what was raised, at most 300 characters."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        error = cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = lines[-1] if len(lines) > 1 and "Traceback" in str(error) else lines[0]
+    kind = type(error).__name__
+    named = isinstance(error, str) or text.startswith(kind)
+    return (text if named else f"{kind}: {text}")[:300]

@@ -1,0 +1,122 @@
+"""A sweep without any model, to try the launcher with: each trial's drops follow a formula, or go wrong as
+asked.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune import Trainable
+
+from sweeps.launch import main
+from sweeps.spec import Gate, Sweep, Trial, uniform
+
+EPOCHS = int(os.environ.get("TOY_EPOCHS", "4"))
+
+
+class Toy(Trainable):
+    """drop = floor + 1 / epoch / 10; `fault` at epoch `at`: raise, nan, kill (once), input."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.config_ = config
+        self.folder = Path(config["state_dir"])
+        self.params = config["params"]
+        state = self.folder / "state.json"
+        self.epoch = json.loads(state.read_text())["epoch"] if state.exists() else 0
+        self.again = self.epoch > 0
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.setup(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        if self.again:  # what was saved may not have been reported
+            self.again = False
+            return self.report()
+        time.sleep(self.params.get("sleep", 0))
+        fault, at = self.params.get("fault"), self.params.get("at", 2)
+        if fault == "raise" and self.epoch + 1 == at:
+            raise RuntimeError("the toy broke")
+        once = self.folder / "killed"
+        if fault == "kill" and self.epoch + 1 == at and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.epoch += 1
+        with (self.folder / "steps.log").open("a") as log:
+            log.write(f"{self.epoch}\n")
+        (self.folder / "best.pth").write_text(f"weights after epoch {self.epoch}")
+        temporary = self.folder / "state.tmp"
+        temporary.write_text(json.dumps({"epoch": self.epoch}))
+        temporary.replace(self.folder / "state.json")
+        return self.report()
+
+    def report(self) -> dict[str, Any]:
+        drop = self.params.get("floor", 0.0) + 0.1 / self.epoch**2
+        if self.params.get("fault") == "nan" and self.epoch >= self.params.get("at", 2):
+            drop = math.nan
+        return {"epoch": self.epoch, "val_drop": drop, "val_quality": 0.1 * (1 + drop)}
+
+
+def prepare(job: dict[str, Any]) -> None:
+    Path(job["cache_dir"]).mkdir(parents=True, exist_ok=True)
+
+
+def measure_quality(job: dict[str, Any]) -> dict[str, Any]:
+    drop = 0.0 if job["weights"] is None else job["params"].get("floor", 0.0)
+    quality = 0.1 * (1 + drop)
+    return {
+        "quality": quality,
+        "absrel": quality,
+        "drop": drop,
+        "drop_lo": drop - 1e-3,
+        "drop_hi": drop + 1e-3,
+    }
+
+
+def measure_latency(job: dict[str, Any]) -> dict[str, Any]:
+    p50 = 2.0 if job["weights"] is None else 1.0
+    return {
+        "t_pair_p50_ms": p50,
+        "t_pair_p95_ms": 1.2 * p50,
+        "engine": "none",
+        "extra": {"p50_ratio": 2.0 / p50},
+    }
+
+
+MEASURES = SimpleNamespace(prepare=prepare, measure_quality=measure_quality, measure_latency=measure_latency)
+SLEEP = float(os.environ.get("TOY_SLEEP", "0"))
+TRIALS = {
+    "good": [
+        Trial("T-1", combo="good", floor=0.0, sleep=SLEEP, saves="good.pth"),
+        Trial("T-2", combo="bad", floor=0.3, sleep=SLEEP, saves="bad.pth"),
+    ],
+    "faulty": [
+        Trial("T-1", combo="good", floor=0.0),
+        Trial("T-2", combo="nan", fault="nan"),
+        Trial("T-3", combo="raises", fault="raise"),
+    ],
+    "killed": [Trial("T-1", combo="killed", fault="kill")],
+}
+
+SWEEP = Sweep(
+    stage="T",
+    epochs=EPOCHS,
+    domain="toy",
+    trainable=Toy,
+    measure=MEASURES,
+    gate=Gate("drop", at_most=0.01),
+    trials=TRIALS[os.environ.get("TOY_TRIALS", "good")],
+    space={"floor": uniform(0, 0.2)},
+    search_task="T-search",
+    best="best.pth",
+    log="log.json",
+    name="toy",
+)
+
+if __name__ == "__main__":
+    main(SWEEP)
