@@ -19,7 +19,7 @@ Family = Callable[[np.random.Generator, int], Array]
 
 def _end(rng: np.random.Generator) -> float:
     """Where the noiseless curve ends: from better than a budget of 1 % to hopeless, log-uniform."""
-    return float(np.exp(rng.uniform(math.log(0.002), math.log(0.1))))
+    return float(np.exp(rng.uniform(math.log(0.003), math.log(0.2))))
 
 
 def _noisy(rng: np.random.Generator, curve: Array, sigma: float) -> Array:
@@ -87,7 +87,7 @@ def quadratic(rng: np.random.Generator, evals: int) -> Array:
     steps, size = 40 * evals, 200
     eigen = np.arange(1, size + 1) ** -rng.uniform(1.0, 1.6)
     weight = np.arange(1, size + 1) ** -rng.uniform(0.1, 0.6)
-    peak, grad_noise = rng.uniform(0.2, 0.9), np.exp(rng.uniform(math.log(1e-3), math.log(1e-1)))
+    peak, grad_noise = rng.uniform(0.2, 0.9), np.exp(rng.uniform(math.log(1e-3), math.log(2e-2)))
     error, losses = weight.copy(), np.empty(evals)
     for step in range(steps):
         rate = peak * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -36,8 +36,8 @@ NOISE = np.geomspace(0.001, 0.03, 6)  # noise of one evaluation near the teacher
 NOISE_KNEE = 0.1  # a drop above this has noise in proportion to itself (SGD far from the end is rough)
 TEMPER = 1.5  # evidence counts 1/TEMPER: neighbouring errors are correlated and no shape is exactly right
 MISFIT = 0.15  # a shape may miss an early evaluation by this share of what has been gained since
-NEAR = 0.03  # how far from the teacher the students end that come close to it
-LOWEST = -0.05  # students hardly ever beat the teacher by more than 5 %: floors below this are cut off
+NEAR = 0.05  # how far from the teacher the students end that come close to it
+LOWEST = -0.3  # a floor below this is no fit but an extrapolation gone astray
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _bank(evals: int) -> _Bank:
         ((t + offset) / (1 + offset)) ** -log_uniform(0.15, 3.0, power),
         np.exp(-(((t - 1) / rate) ** rng.uniform(0.5, 1.3, (stretched, 1)))),
         1 / (1 + (t / half) ** rng.uniform(1.0, 5.0, (hill, 1))),
-        1 / (1 + np.exp((t / centre - 1) * log_uniform(1.0, 6.0, logistic))),
+        1 / (1 + np.exp(np.minimum((t / centre - 1) * log_uniform(1.0, 6.0, logistic), 500))),
     ])  # fmt: skip
     shapes /= shapes[:, :1]
     start = rng.uniform(0.3, 0.8, (SHAPES, 1))
@@ -163,7 +163,7 @@ def _posterior(bank: _Bank, y: Array, seen: NDArray[np.intp]) -> tuple[Array, Ar
     inverse = 1 / variance
     f, g = bank.factor[:, seen], bank.falling[:, seen]
 
-    # Two priors of the floor, equally likely: close to the teacher, and anywhere below where the curve is now.
+    # Two priors of the floor, equally likely: close to the teacher, and anywhere below the present.
     m0 = np.repeat([0.0, 0.5 * now], len(NOISE))
     v0 = np.repeat([NEAR**2, (0.5 * now + 0.02) ** 2], len(NOISE))
     v1 = (2 * float(np.ptp(y)) + 0.5 * now + 0.02) ** 2

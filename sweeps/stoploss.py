@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.errors import InputError
-from sweeps.forecast import Forecast, forecast
+from sweeps.forecast import forecast
 
 History = Sequence[float | None]
 
-HOPELESS = 0.01  # stop_loss: the budget lies below this quantile of the forecast, the "optimistic bound"
-FLAT_HOPELESS = 0.02  # the same for a trial whose trend is flat, which is a second witness
-CONTENDER = 0.5  # asha leaves a trial alone that more likely than not will meet the gate
+# A stop may be wrong with at most this probability for a whole run saved, in proportion for a part of one.
+RISK = 0.02
+FLAT_RISK = 0.03  # the same for a plateau: the flat trend is a second witness
+RANK_RISK = 0.06  # and for asha. Its ranks alone would end a third of the trials that would meet the gate
 
 
 @dataclass(frozen=True)
@@ -94,28 +95,28 @@ def decide(history: History, peers: Sequence[History], rule: StopLossRule) -> De
         return Decision(False, None, f"{standing}: met, still improving")
 
     ahead = forecast(history, rule.max_evals)
+    saved = 1 - evals / rule.max_evals
+    chance, bound = ahead.chance(rule.budget), ahead.quantile(RISK * saved)
     told = (
-        f"forecast {_percent(ahead.median)} [optimistic {_percent(ahead.quantile(HOPELESS))}] "
+        f"forecast {_percent(ahead.median)} [optimistic {_percent(bound)}] "
         f"at {rule.max_evals} evaluations, budget {_percent(rule.budget)}"
     )
-    if ahead.chance(rule.budget) < HOPELESS:
+    if bound > rule.budget:
         return Decision(True, "stop_loss", f"{told}: out of reach after {evals}")
-    if since >= rule.patience and ahead.chance(rule.budget) < FLAT_HOPELESS and not _improving(history, rule):
+    if since >= rule.patience and chance < FLAT_RISK * saved and not _improving(history, rule):
         return Decision(True, "plateau", f"{stale} and no trend; {told}")
-    behind = _behind(best, evals, peers, rule, ahead)
-    if behind is not None:
+    behind = _behind(best, evals, peers, rule)
+    if behind is not None and chance < RANK_RISK * saved:
         return Decision(True, "asha", f"{behind}; {told}")
-    return Decision(False, None, f"{told}: chance {_percent(ahead.chance(rule.budget))}")
+    return Decision(False, None, f"{told}: chance {_percent(chance)}")
 
 
-def _behind(
-    best: float, evals: int, peers: Sequence[History], rule: StopLossRule, ahead: Forecast
-) -> str | None:
-    """Say how far outside of its rung's top 1/eta a trial is, or None when it goes on."""
+def _behind(best: float, evals: int, peers: Sequence[History], rule: StopLossRule) -> str | None:
+    """Say how far outside of its rung's top 1/eta a trial is; None inside of it and where no rung judges."""
     rung = rule.grace
     while rung < evals:
         rung *= rule.eta
-    if rung != evals or ahead.chance(rule.budget) >= CONTENDER:
+    if rung != evals:
         return None
     if sum(len(peer) >= rung for peer in peers) < rule.min_peers:
         return None
@@ -127,11 +128,11 @@ def _behind(
     better = sum(other < best for other in reached)
     if better < kept:
         return None
-    return f"{better} of {len(reached)} peers are better than {_percent(best)} at evaluation {rung}, {kept} go on"
+    return f"{better} of {len(reached)} peers beat {_percent(best)} at evaluation {rung}, {kept} may go on"
 
 
 def _improving(history: History, rule: StopLossRule) -> bool:
-    """Whether the recent past falls faster than its noise explains (Theil-Sen slope against its own spread)."""
+    """Whether the recent past falls faster than its noise explains (Theil-Sen slope, robust spread)."""
     finite = [(i, v) for i, v in enumerate(history) if v is not None and math.isfinite(v)]
     at, value = np.array(finite[-(2 * rule.patience + 1) :], dtype=float).T
     i, j = np.triu_indices(len(at), k=1)
