@@ -1,0 +1,174 @@
+import errno
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from engines.errors import InputError
+from sweeps.journal import Journal, SweepState, read_events
+
+HEADER = dict(
+    sweep_id="s1", name="k", stage="K", domain="dust3r", profile="demo", config_hash="c", workload_hash="w"
+)
+TRIAL = dict(exp_id="K_a_run1", task_id="K-1", role="trial", params={"T": 3.0, "note": "a"}, saves=None)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_example(folder):
+    """A sweep of two trials with every kind of event; the path of its journal."""
+    with Journal.open(folder) as journal:
+        journal.append("sweep", **HEADER, settings={"lr": 0.001}, git_commit="abc", command="k_grid")
+        for trial in ("a", "b"):
+            journal.append("trial", trial_id=trial, **TRIAL)
+            for epoch in (1, 2):
+                journal.append(
+                    "result", trial_id=trial, epoch=epoch, metrics={"val_drop": 0.1 / epoch, "ü": 1.0}
+                )
+        journal.append("stop", trial_id="a", epoch=2, reason="completed", detail="")
+        journal.append("record", trial_id="a", record={"exp_id": "K_a_run1", "notes": "NaN", "drop": None})
+        journal.append("failed", trial_id="b", error="worker died")
+        journal.append("file", path="files/x.png", trial_id=None)
+        journal.append("end", status="interrupted")
+        journal.append("resume", command="k_grid --resume")
+    return journal.path
+
+
+def test_replay_gives_the_state(tmp_path):
+    state = SweepState.replay(write_example(tmp_path / "s"))
+    assert state.header["sweep_id"] == "s1" and state.header["settings"] == {"lr": 0.001}
+    a, b = state.trials["a"], state.trials["b"]
+    assert a.drops == [0.1, 0.05] and a.epoch == 2 and a.params == TRIAL["params"]
+    assert (
+        a.stop == (2, "completed", "") and a.record["notes"] == "NaN"
+    )  # a record holds no floats in disguise
+    assert b.error == "worker died" and b.record is None and b.stop is None
+    assert state.files == [("files/x.png", None)] and state.ended is None
+    first = json.loads((tmp_path / "s" / "journal.jsonl").read_text().splitlines()[0])
+    assert list(first)[:2] == ["t", "event"]
+
+
+def test_known_epochs_and_trials_change_nothing(tmp_path):
+    path = write_example(tmp_path / "s")
+    with Journal.open(tmp_path / "s") as journal:
+        journal.append("result", trial_id="a", epoch=2, metrics={"val_drop": 9.0})
+        journal.append("trial", trial_id="a", **TRIAL)
+        journal.append("result", trial_id="b", epoch=3, metrics={})
+    state = SweepState.replay(path)
+    assert state.trials["a"].drops == [0.1, 0.05]
+    assert state.trials["b"].error is None and math.isnan(state.trials["b"].drops[-1])
+
+
+def test_non_finite_and_numpy_numbers_survive(tmp_path):
+    numbers = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32(0.5), "e": np.int64(3)}
+    with Journal.open(tmp_path) as journal:
+        journal.append("trial", trial_id="x", **TRIAL)
+        journal.append("result", trial_id="x", epoch=np.int64(1), metrics=numbers)
+        with pytest.raises(TypeError):
+            journal.append("result", trial_id="x", epoch=2, metrics={"a": object()})
+        with pytest.raises(TypeError, match="epoch"):
+            journal.append("result", trial_id="x", metrics={})
+    for line in journal.path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    epoch, metrics = SweepState.replay(journal.path).trials["x"].results[0]
+    assert epoch == 1 and math.isnan(metrics["a"])
+    assert [metrics[k] for k in "bcde"] == [math.inf, -math.inf, 0.5, 3]
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    path = write_example(tmp_path_factory.mktemp("journal") / "s")
+    return path.read_bytes(), list(read_events(path))
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), junk=st.binary(max_size=5).filter(lambda b: b"\n" not in b))
+def test_cut_anywhere_it_replays_a_prefix_and_can_be_continued(tmp_path_factory, example, data, junk):
+    content, events = example
+    cut = data.draw(st.integers(0, len(content)))
+    whole = content[:cut].count(b"\n")
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "journal.jsonl").write_bytes(content[:cut] + junk)
+    assert list(read_events(folder / "journal.jsonl")) == events[:whole]
+    with Journal.open(folder) as journal:
+        assert journal.path.stat().st_size == len(b"".join(content.splitlines(True)[:whole]))
+        journal.append("resume", command="again")
+    after = list(read_events(folder / "journal.jsonl"))
+    assert after[:-1] == events[:whole] and after[-1]["event"] == "resume"
+
+
+def test_damage_in_the_middle_is_not_thrown_away(tmp_path):
+    path = write_example(tmp_path)
+    lines = path.read_bytes().splitlines(True)
+    path.write_bytes(b"".join([*lines[:3], b"#" + lines[3], *lines[4:]]))
+    damaged = path.read_bytes()
+    for read in (lambda: list(read_events(path)), lambda: Journal.open(tmp_path)):
+        with pytest.raises(InputError, match="line 4"):
+            read()
+    assert path.read_bytes() == damaged
+
+
+def test_zeros_after_a_power_cut_are_dropped(tmp_path):
+    path = write_example(tmp_path)
+    good = path.read_bytes()
+    path.write_bytes(good + b"\0" * 100 + b"\n")
+    Journal.open(tmp_path).close()
+    assert path.read_bytes() == good
+
+
+def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path):
+    code = "import sys; from sweeps.journal import Journal; Journal.open(sys.argv[1])"
+    run = [sys.executable, "-c", code, str(tmp_path)]
+    with Journal.open(tmp_path):
+        second = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+        assert second.returncode != 0 and f"process {os.getpid()} on {os.uname().nodename}" in second.stderr
+        with pytest.raises(InputError, match="in use by process"):
+            Journal.open(tmp_path)
+    assert subprocess.run(run, cwd=ROOT).returncode == 0
+
+
+def test_missing_or_unusable_places_are_named(tmp_path):
+    with pytest.raises(InputError, match="no such journal"):
+        SweepState.replay(tmp_path / "nothing" / "journal.jsonl")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        Journal.open(tmp_path / "file" / "s")
+    path = write_example(tmp_path / "s")
+    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[2:]))
+    with pytest.raises(InputError, match="never announced"):
+        SweepState.replay(path)
+
+
+def test_a_full_disk_leaves_whole_lines_and_a_clear_error(tmp_path):
+    """A file size limit makes the kernel cut the write short and then refuse it, as a full disk does."""
+    path = write_example(tmp_path)
+    before = list(read_events(path))
+    size = path.stat().st_size
+    line = len('{"t":1700000000.000,"event":"resume","command":"x"}\n')
+    code = f"""
+import resource, signal
+from sweeps.journal import Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+journal = Journal.open({str(tmp_path)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size + line + line // 2}, resource.RLIM_INFINITY))
+try:
+    journal.append_many([("resume", {{"command": "x"}})] * 3)
+except OSError as error:
+    print(error.errno, error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+journal.append("end", status="finished")
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(str(errno.EFBIG)) and "free some space" in run.stdout
+    assert run.stdout.count("\n") == 1
+    kinds = [event["event"] for event in read_events(path)]
+    assert kinds == [event["event"] for event in before] + ["resume", "end"]
+    assert path.read_bytes().endswith(b"\n")
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
