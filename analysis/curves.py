@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from analysis import picture, style
 from analysis.labels import short, spread
-from analysis.pareto import Kind, Pareto, caption, is_stop, kind_of
+from analysis.pareto import Kind, Pareto, is_stop, kind_of
 from analysis.scale import Scale, choose, limits
 from analysis.store import SweepData
 
@@ -64,7 +64,7 @@ def draw(data: SweepData, pareto: Pareto, path: Path) -> None:
     curves = compute(data)
     figure = Figure(figsize=(picture.WIDTH_IN, picture.HEIGHT_IN), dpi=picture.DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    foot = textwrap.wrap("  ·  ".join(caption(data.trials.to_dicts())), 135)
+    foot = textwrap.wrap("  ·  ".join(pareto.caption), 135)
     bottom = picture.bottom(len(foot))
     labels = _label_texts(curves)
     right = 0.80 if labels else 0.98

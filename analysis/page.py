@@ -1,7 +1,7 @@
 """The Pareto picture as one self-contained HTML page, drawn by plotly from a computed ``Pareto``.
 
-plotly.js is part of the page and nothing is fetched: it works offline, as a mail attachment, and in MLflow's
-artifact viewer (an iframe with sandbox="allow-scripts").
+plotly.js is part of the page and nothing is fetched (the page's own policy forbids it), so it works offline, as
+a mail attachment, and in MLflow's artifact viewer (an iframe with sandbox="allow-scripts").
 """
 
 import html
@@ -286,6 +286,8 @@ _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline';
+  style-src 'unsafe-inline'; img-src data: blob:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>

@@ -64,6 +64,7 @@ class Pareto:
     ``hypervolume``: area in ms * percent between the front and ``reference`` = (p50 ms, drop percent): the
     teacher's p50 and the gate's limit, where known, else a tenth beyond the worst point.
     ``left_out``: (exp_id, why) of trials that have no place in the plane.
+    ``metric``: the primary metric that the drop is taken of, "" if unknown.
     """
 
     sweep: str
@@ -73,6 +74,7 @@ class Pareto:
     hypervolume: float | None
     gate: Limit | None
     left_out: tuple[tuple[str, str], ...]
+    metric: str
     headline: str
     caption: tuple[str, ...]
 
@@ -149,8 +151,9 @@ def compute(data: SweepData) -> Pareto:
         hypervolume=_hypervolume(front, reference),
         gate=gate,
         left_out=tuple(left_out),
+        metric=data.settings.get("primary", ""),
         headline=headline(rows, gate),
-        caption=caption(rows),
+        caption=caption(rows, data.settings),
     )
 
 
@@ -239,8 +242,8 @@ def headline(rows: Sequence[Mapping[str, Any]], gate: Limit | None) -> str:
     return what + (f"  ·  {stopped} stopped early" if stopped else "")
 
 
-def caption(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Where the numbers come from: workload, domain, engine, device, in this order, only what is known."""
+def caption(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str]) -> tuple[str, ...]:
+    """Where the numbers come from, as far as is known: workload, domain, engine, device, size of the test."""
     parts = []
     for name, key in (
         ("workload", "workload_hash"),
@@ -253,6 +256,9 @@ def caption(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         if values:
             shown = [value[:12] for value in values] if key == "workload_hash" else values
             parts.append(f"{name} {' / '.join(shown)}")
+    for name, key in (("images", "image_size"), ("test pairs", "test_pairs")):
+        if settings.get(key):
+            parts.append(f"{name} {settings[key]}")
     return tuple(parts)
 
 

@@ -115,7 +115,8 @@ def kinds(points: Sequence[Point]) -> list[tuple[Mark, list[Point]]]:
 
 def axis_words(pareto: Pareto) -> tuple[str, str]:
     """Titles of the two axes, with units and the better direction."""
-    return "◀ faster      p50 latency per pair (ms)", "◀ better      drop against the teacher (%)"
+    what = f"drop in {pareto.metric}" if pareto.metric else "drop"
+    return "◀ faster      p50 latency per pair (ms)", f"◀ better      {what} against the teacher (%)"
 
 
 def footer(pareto: Pareto) -> list[str]:

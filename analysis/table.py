@@ -16,7 +16,6 @@ from trainables.record import InputError
 
 COLUMNS = ("exp_id", "T", "beta", "epochs", "drop [lo, hi] %", "p50 ms", "verdict", "stop reason")
 _STYLES = {"pass": "bold green", "fail": "red", "n/a": "dim"}
-_PAIR_KEYS = ("pairs", "n_pairs", "num_pairs", "test_pairs", "quality_pairs", "workload_pairs")
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,16 @@ def rows(records: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    """One line: workload, teacher, number of pairs, engine and device, as far as they are known."""
+    """One line: workload, teacher, number of test pairs, engine and device, as far as they are known."""
 
     def known(key: str) -> str:
         return " / ".join(dict.fromkeys(str(record[key]) for record in records if record.get(key)))
 
     teachers = [str(record["exp_id"]) for record in records if record.get("role") == "teacher"]
-    pairs = next((settings[key] for key in _PAIR_KEYS if settings.get(key)), None)
-    if pairs is None:
-        pairs = next((record[key] for record in records for key in _PAIR_KEYS if record.get(key)), None)
     parts = [
-        f"workload {known('workload_hash')[:12] or 'unknown'}",
+        f"workload {known('workload_hash') or 'unknown'}",
         f"teacher {', '.join(teachers) or 'not measured yet'}",
-        f"{int(float(pairs))} pairs" if pairs is not None else "",
+        f"{settings['test_pairs']} test pairs" if settings.get("test_pairs") else "",
         f"{known('engine')} on {known('device')}" if known("engine") and known("device") else known("device"),
     ]
     return "  ·  ".join(part for part in parts if part)

@@ -1,0 +1,92 @@
+"""The verdict table in its three forms."""
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+from logged_sweep import record, teacher, three
+from rich.console import Console
+
+from analysis import table
+from analysis.__main__ import main
+from analysis.store import InputError, load
+from trainables.record import Record
+
+SETTINGS = {"test_pairs": "2048"}
+
+
+def dicts(records: list[Record]) -> list[dict[str, object]]:
+    return [{**r.to_dict(), "role": "teacher" if "teacher" in r.exp_id else "trial"} for r in records]
+
+
+def shown(records: list[Record]) -> str:
+    console = Console(width=160, file=io.StringIO(), force_terminal=False)
+    console.print(table.render(dicts(records), SETTINGS, "k_grid_demo_seed42"))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_table_says_what_was_measured_and_what_came_out() -> None:
+    text = shown([r for r, _ in three()])
+    head = text.splitlines()[0]
+    for word in ("k_grid_demo_seed42", "3fa9c02b77e1", "K_teacher_run1", "2048 test pairs", "onnxruntime"):
+        assert word in head
+    (line,) = [line for line in text.splitlines() if "K_T3B05_sched_run1" in line]
+    for word in ("0.5, then 0.7", "9", "+9.30 [+7.00, +12.00]", "20.90", "fail", "stop_loss"):
+        assert word in line
+
+
+def test_the_teacher_stands_first_and_missing_numbers_are_dashes() -> None:
+    bare = record("K_a_run1", drop=None, drop_lo=None, drop_hi=None, t_pair_p50_ms=None, T=None, verdict=None)
+    rows = table.rows(dicts([bare, teacher()]))
+    assert [row.exp_id for row in rows] == ["K_teacher_run1", "K_a_run1"]
+    assert rows[1].cells() == ("K_a_run1", "–", "0.5", "30", "–", "–", "–", "–")
+
+
+def test_markup_in_a_name_stays_text() -> None:
+    text = shown([record("K_a_run1", beta="[red]0.5[/red]", stop_reason="[/]")])
+    assert "[red]0.5[/red]" in text and "[/]" in text
+
+
+def test_csv_keeps_full_precision() -> None:
+    exact = record("K_a_run1", drop=1 / 300, t_pair_p50_ms=19.123456789)
+    (row,) = csv.DictReader(io.StringIO(table.csv_text(dicts([exact]))))
+    assert float(row["drop_pct"]) == 100 * (1 / 300) and float(row["p50_ms"]) == 19.123456789
+    assert row["verdict"] == "pass" and row["stop_reason"] == "completed"
+
+
+def test_markdown_is_a_table() -> None:
+    lines = table.markdown(dicts([r for r, _ in three()]), SETTINGS).splitlines()
+    assert "2048 test pairs" in lines[0]
+    assert len({line.count("|") for line in lines[2:]}) == 1 and len(lines) == 4 + 4
+
+
+def test_different_workloads_are_refused() -> None:
+    with pytest.raises(InputError, match="different workloads"):
+        table.rows(dicts([record("K_a_run1"), record("K_b_run1", workload_hash="0000")]))
+
+
+def test_command_line(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(tmp_path / name) for name in ("v.csv", "v.md")]
+    arguments = [
+        "table",
+        "--tracking-uri",
+        uri,
+        "--sweep",
+        "three",
+        "--csv",
+        files[0],
+        "--markdown",
+        files[1],
+    ]
+    assert main(arguments) == 0
+    assert "K_T5B05_run1" in capsys.readouterr().out
+    records = load(uri, "three").trials.to_dicts()
+    assert Path(files[0]).read_text(encoding="utf-8") == table.csv_text(records)
+    assert "| K_T5B05_run1 |" in Path(files[1]).read_text(encoding="utf-8")
+
+
+def test_command_line_with_an_unwritable_file(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", "--tracking-uri", uri, "--sweep", "three", "--csv", "/nowhere/at/all.csv"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
