@@ -339,7 +339,6 @@ def main(arguments: list[str]) -> int:
     """Entry point; the exit status is 0 when the whole journal is in MLflow."""
     journal, uri = Path(arguments[0]), arguments[1]
     driver, path = _Driver(), sqlite_path(uri)
-    os.nice(5)  # between the driver and the trials that Ray starts
     with (journal.parent / "tracking.lock").open("a") as lock:
         while True:  # the mirror of a driver that was killed may still be writing
             try:
@@ -361,4 +360,6 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stderr.flush()
-    os._exit(status)  # everything is on disk; tearing down what MLflow imported would cost the driver a second
+    os._exit(
+        status
+    )  # everything is on disk; tearing down what MLflow imported would cost the driver a second

@@ -23,8 +23,8 @@ from trainables.record import (
 
 WHEN = "2026-03-01T12:00:00+01:00"
 PLAN = (
-    "exp_id combo rho T beta gamma bits_w bits_a keep_list params_M flops_G size_MB vram_GB chamfer absrel rmse "
-    "delta1 t_pair_p50_ms t_pair_p95_ms t_scene_s pairs_per_sec gpu_hours notes seed datetime"
+    "exp_id combo rho T beta gamma bits_w bits_a keep_list params_M flops_G size_MB vram_GB chamfer absrel "
+    "rmse delta1 t_pair_p50_ms t_pair_p95_ms t_scene_s pairs_per_sec gpu_hours notes seed datetime"
 )
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
