@@ -122,7 +122,7 @@ def replay(seed: int, sweeps: int, size: int, evals: int = 30, alone: bool = Fal
     """Run sweeps of ``size`` random curves in step; by family: curves, passing, false, saved, oracle's.
 
     A false stop comes while the best drop is above the budget, though the full run would have met it;
-    what it saves is not counted. The oracle ends a failing run at the grace and a passing one at its best evaluation.
+    what it saves is not counted. The oracle ends a failing run at the grace and a passing one at its best.
     """
     rng, rule = np.random.default_rng(seed), StopLossRule(budget=0.01, max_evals=evals)
     names, table = list(FAMILIES), {name: np.zeros(5, dtype=int) for name in FAMILIES}
@@ -149,8 +149,8 @@ def replay(seed: int, sweeps: int, size: int, evals: int = 30, alone: bool = Fal
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "with peers"])
 def test_worth_on_generated_curves(alone: bool) -> None:
-    # Seed 3: 24 sweeps of 10 trials. At a true rate of 1 % more than 2 % of 240 are false three times in a
-    # hundred, at 4 % two are false or fewer once in a thousand; the seed makes the test repeatable.
+    # Seed 3: 24 sweeps of 10 trials. A rule whose true rate is 1 % would fail this by luck with 9 % (other
+    # seeds), one of 4 % would pass with 4 %; the seed makes the test repeatable.
     table = replay(seed=3, sweeps=24, size=10, alone=alone)
     print(f"\n{'family':16s} curves passing false saved/oracle")
     total = sum(table.values(), np.zeros(5, dtype=int))
