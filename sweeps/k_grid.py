@@ -15,7 +15,7 @@ from sweeps.settings import DISTILL, WORKLOAD
 from sweeps.spec import Gate, Sweep, Trial, constant, linear, loguniform, one_of, step, uniform
 from trainables import evaluate
 
-STABLE = Gate("late_rise", at_most=2)  # no late validation worse than the best by twice the interval
+EVEN = Gate("late_rise", at_most=2)  # no late validation worse than the best by twice the interval
 
 K = Sweep(
     stage="K", domain="dust3r", trainable=Distill, measure=evaluate, gate=Gate("drop", at_most=0.01),
@@ -23,11 +23,11 @@ K = Sweep(
     trials=[
         Trial("K-1", T=3, beta=constant(0.5), gamma=0, saves="student_fp32_t3b05.pth"),
         Trial("K-2", T=5, beta=constant(0.5), gamma=0, saves="student_fp32_t5b05.pth"),
-        Trial("K-3", T=3, beta=step(0.5, 0.7, at=0.7), gamma=0, saves="student_fp32_sched.pth", gates=[STABLE]),
+        Trial("K-3", T=3, beta=step(0.5, 0.7, at=0.7), gamma=0, saves="student_fp32_sched.pth", gates=[EVEN]),
     ],
     space=dict(
-        T=uniform(1, 10), beta=one_of(constant, step, linear), gamma=uniform(0, 0.3), lr=loguniform(1e-5, 1e-3),
-        depth=uniform(0.5, 0.9), heads=uniform(0.5, 0.9), ffn=uniform(0.5, 0.9),
+        T=uniform(1, 10), beta=one_of(constant, step, linear), gamma=uniform(0, 0.3),
+        lr=loguniform(1e-5, 1e-3), depth=uniform(0.5, 0.9), heads=uniform(0.5, 0.9), ffn=uniform(0.5, 0.9),
     ),
     search_task="K-search", best="student_fp32_best.pth", log="distill_log.json",
 )  # fmt: skip

@@ -138,10 +138,16 @@ def _execute(order: Order) -> int:
     try:
         if order.given.resume:
             ledger.check(order.header)
-        with _interruptible(), ray_cluster.connect(order.given.address) as cluster:
+        # In this order: Ray sets its own handler of SIGTERM, which would abort the process.
+        with ray_cluster.connect(order.given.address) as cluster, _interruptible():
             return _sweep(order, ledger, cluster, clock, console)
     except KeyboardInterrupt:
         return _interrupted(order, ledger, console)
+    except Exception:
+        if ledger.state.header:
+            with contextlib.suppress(OSError):
+                ledger.append("end", status="interrupted")
+        raise
     finally:
         ledger.abandon()
 

@@ -55,6 +55,8 @@ class Planner:
         combo, keyparams = label(trial.params)
         combo = trial.combo if trial.combo is not None else combo
         keyparams = trial.keyparams if trial.keyparams is not None else keyparams
+        if not combo:
+            combo, keyparams = keyparams or trial.task_id, ""
         stem = exp_id(self.sweep.stage, combo, keyparams, 1)
         self._names[stem] += 1
         run = self._names[stem]

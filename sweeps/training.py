@@ -115,7 +115,7 @@ def train(
 
 
 class _Unsaved:
-    """Ray pickles what runs a sweep, to restore from it; this project never does, and locks cannot be pickled."""
+    """Ray pickles what runs a sweep, to restore from it. The journal does that here, and locks do not pickle."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

@@ -92,15 +92,15 @@ MEASURES = SimpleNamespace(prepare=prepare, measure_quality=measure_quality, mea
 SLEEP = float(os.environ.get("TOY_SLEEP", "0"))
 TRIALS = {
     "good": [
-        Trial("T-1", combo="good", floor=0.0, sleep=SLEEP, saves="good.pth"),
-        Trial("T-2", combo="bad", floor=0.3, sleep=SLEEP, saves="bad.pth"),
+        Trial("T-1", combo="good", keyparams="", floor=0.0, sleep=SLEEP, saves="good.pth"),
+        Trial("T-2", combo="bad", keyparams="", floor=0.3, sleep=SLEEP, saves="bad.pth"),
     ],
     "faulty": [
-        Trial("T-1", combo="good", floor=0.0),
-        Trial("T-2", combo="nan", fault="nan"),
-        Trial("T-3", combo="raises", fault="raise"),
+        Trial("T-1", combo="good", keyparams="", floor=0.0, saves="good.pth"),
+        Trial("T-2", combo="nan", keyparams="", fault="nan"),
+        Trial("T-3", combo="raises", keyparams="", fault="raise"),
+        Trial("T-4", combo="killed", keyparams="", floor=0.005, fault="kill", at=3),
     ],
-    "killed": [Trial("T-1", combo="killed", fault="kill")],
 }
 
 SWEEP = Sweep(

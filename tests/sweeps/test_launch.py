@@ -1,0 +1,242 @@
+"""The launcher on a toy sweep, with real Ray, real MLflow and real kills; the sweep itself is toy_sweep.py."""
+
+import importlib.util
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from sweeps.journal import SweepState, read_events
+from sweeps.launch import run
+from trainables.record import read_csv
+
+TOY = Path(__file__).with_name("toy_sweep.py")
+NAME = "toy_small_seed42"
+
+
+def start(storage: Path, *flags: str, **env: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(TOY), "--storage", str(storage), *flags]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **env})
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def replay(folder: Path) -> SweepState:
+    return SweepState.replay(folder / "journal.jsonl")
+
+
+def mlflow_runs(storage: Path) -> dict[str, str]:
+    with sqlite3.connect(storage / "mlflow.db") as store:
+        rows = store.execute("select name, status from runs").fetchall()
+    assert len(rows) == len({name for name, _ in rows}), f"a run stands twice: {rows}"
+    return dict(rows)
+
+
+def mlflow_steps(storage: Path, run_name: str) -> list[int]:
+    query = (
+        "select m.step from metrics m join runs r on r.run_uuid = m.run_uuid "
+        "where r.name = ? and m.key = 'val_drop' order by m.step"
+    )
+    with sqlite3.connect(storage / "mlflow.db") as store:
+        return [step for (step,) in store.execute(query, (run_name,))]
+
+
+def wait_for(folder: Path, epochs: int, process: subprocess.Popen[str]) -> None:
+    """Until the sweep's trials have together reported so many epochs."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if (folder / "journal.jsonl").is_file():
+            state = replay(folder)
+            if sum(len(trial.results) for trial in state.trials.values()) >= epochs:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"no {epochs} epochs: {process.poll()} {finish(process, 10)}")
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One sweep with every kind of trial, and two searched ones; its storage and what it printed."""
+    storage = tmp_path_factory.mktemp("faulty")
+    flags = ("--search", "optuna", "--samples", "2")
+    code, out, err = finish(start(storage, *flags, TOY_TRIALS="faulty"))
+    assert code == 0, err
+    return storage, out
+
+
+def test_a_bad_trial_does_not_disturb_the_others(faulty: tuple[Path, str]) -> None:
+    storage, _ = faulty
+    state = replay(storage / f"{NAME}_optuna")
+    by_task = {trial.task_id: trial for trial in state.trials.values()}
+    records = {task: trial.record or {} for task, trial in by_task.items()}
+    assert records["T-1"]["verdict"] == "pass" and records["T-1"]["stop_reason"] == "completed"
+    assert records["T-2"]["verdict"] == "fail" and records["T-2"]["stop_reason"] == "diverged"
+    assert by_task["T-2"].epoch == 2
+    assert records["T-3"]["verdict"] == "fail" and records["T-3"]["stop_reason"] == "failed"
+    assert "RuntimeError: the toy broke" in records["T-3"]["notes"]
+    assert records["P0-2"]["verdict"] == "n/a" and records["P0-2"]["exp_id"] == "P0_teacher_run1"
+    assert state.ended == "finished"
+
+
+def test_a_killed_worker_goes_on_from_its_own_state(faulty: tuple[Path, str]) -> None:
+    storage, _ = faulty
+    folder = storage / f"{NAME}_optuna"
+    killed = next(trial for trial in replay(folder).trials.values() if trial.task_id == "T-4")
+    assert (folder / "trials" / killed.trial_id / "killed").exists()
+    assert [epoch for epoch, _ in killed.results] == [1, 2, 3, 4]
+    steps = (folder / "trials" / killed.trial_id / "steps.log").read_text().split()
+    assert steps == ["1", "2", "3", "4"], "an epoch that was saved was trained again"
+
+
+def test_files_and_screen_hold_what_was_promised(faulty: tuple[Path, str]) -> None:
+    storage, out = faulty
+    files = storage / f"{NAME}_optuna" / "files"
+    names = {path.name for path in files.iterdir()}
+    assert {"good.pth", "best.pth", "log.json", "result_table.csv", "pareto.png", "pareto.html"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+    table = read_csv(files / "result_table.csv")
+    assert len(table) == 7 and table[0].task_id == "P0-2"
+    log = json.loads((files / "log.json").read_text())
+    chosen = log["choice"]["exp_id"]
+    assert chosen == "T_good_run1" and chosen in log["choice"]["why"]
+    assert (files / "best.pth").read_text() == (files / "good.pth").read_text() == "weights after epoch 4"
+    for word in (
+        "T_good_run1",
+        "diverged",
+        "RuntimeError",
+        "mlflow ui --backend-store-uri sqlite:",
+        "Wall time",
+    ):
+        assert word in out
+    assert "Traceback" not in out
+
+
+def test_mlflow_holds_every_run_once_and_none_is_left_running(faulty: tuple[Path, str]) -> None:
+    storage, _ = faulty
+    runs = mlflow_runs(storage)
+    assert len(runs) == 8
+    assert "RUNNING" not in runs.values()
+    assert (
+        runs["T_good_run1"] == "FINISHED"
+        and runs["T_nan_run1"] == "KILLED"
+        and runs["T_raises_run1"] == "FAILED"
+    )
+    assert mlflow_steps(storage, "T_good_run1") == [1, 2, 3, 4]
+
+
+def test_search_asks_beyond_the_plan(faulty: tuple[Path, str]) -> None:
+    storage, _ = faulty
+    events = list(read_events(storage / f"{NAME}_optuna" / "journal.jsonl"))
+    searched = [event for event in events if event["event"] == "trial" and "search" in event]
+    assert len(searched) == 2 and len({event["params"]["floor"] for event in searched}) == 2
+    assert all(0 <= event["params"]["floor"] <= 0.2 for event in searched)
+
+
+def test_nothing_is_lost_when_the_driver_dies(tmp_path: Path) -> None:
+    """SIGTERM, then SIGKILL, each in mid-trial, then --resume to the end."""
+    folder = tmp_path / NAME
+    env = {"TOY_SLEEP": "0.5", "TOY_EPOCHS": "8"}
+    first = start(tmp_path, **env)
+    wait_for(folder, 3, first)
+    first.send_signal(signal.SIGTERM)
+    code, out, err = finish(first)
+    assert code == 130, err
+    assert "--resume" in out and "nothing finished is lost" in out
+    assert replay(folder).ended == "interrupted"
+    before = sum(len(trial.results) for trial in replay(folder).trials.values())
+
+    second = start(tmp_path, "--resume", **env)
+    wait_for(folder, before + 4, second)
+    second.kill()
+    finish(second)
+
+    code, out, err = finish(start(tmp_path, "--resume", **env))
+    assert code == 0, err
+    state = replay(folder)
+    good, bad = (next(t for t in state.trials.values() if t.task_id == task) for task in ("T-1", "T-2"))
+    assert [epoch for epoch, _ in good.results] == list(range(1, 9))
+    assert good.record and good.record["verdict"] == "pass" and bad.record and bad.stop
+    for trial in (good, bad):
+        steps = (folder / "trials" / trial.trial_id / "steps.log").read_text().split()
+        # The epoch in progress when a driver dies may be trained again; no finished one may.
+        assert [int(step) for step in steps] == list(range(1, len(steps) + 1))
+    runs = mlflow_runs(tmp_path)
+    assert len(runs) == 4 and "RUNNING" not in runs.values()
+    assert mlflow_steps(tmp_path, "T_good_run1") == list(range(1, 9))
+
+    finished = len((folder / "trials" / good.trial_id / "steps.log").read_text())
+    code, _, err = finish(start(tmp_path, "--resume", **env))
+    assert code == 0, err
+    assert len((folder / "trials" / good.trial_id / "steps.log").read_text()) == finished
+    assert mlflow_runs(tmp_path) == runs
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(TOY.parent))
+    spec = importlib.util.spec_from_file_location("toy_sweep", TOY)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def refused(capsys: pytest.CaptureFixture[str], toy: ModuleType, *argv: str) -> str:
+    assert run(toy.SWEEP, list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err
+    return err
+
+
+def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    assert run(toy.SWEEP, ["--dry-run", "--storage", str(storage)]) == 0
+    out, _ = capsys.readouterr()
+    assert "T_good_run1" in out and "good.pth" in out and "2 trials x 4 epochs" in out
+    assert not storage.exists()
+
+
+def test_resume_of_an_unknown_sweep(
+    capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path
+) -> None:
+    said = refused(capsys, toy, "--resume", "--storage", str(tmp_path / "runs"))
+    assert "no sweep toy_small_seed42" in said
+    assert not (tmp_path / "runs" / NAME).exists()
+
+
+def test_storage_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("keep me")
+    assert str(blocked) in refused(capsys, toy, "--storage", str(blocked))
+    assert blocked.read_text() == "keep me"
+
+
+def test_unreachable_mlflow(capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path) -> None:
+    said = refused(capsys, toy, "--storage", str(tmp_path / "runs"), "--tracking-uri", "http://127.0.0.1:9")
+    assert "127.0.0.1:9" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_that_exists_needs_resume_and_the_same_settings(
+    capsys: pytest.CaptureFixture[str], toy: ModuleType, faulty: tuple[Path, str]
+) -> None:
+    storage, _ = faulty
+    path = storage / f"{NAME}_optuna" / "journal.jsonl"
+    before = path.read_bytes()
+    common = ("--storage", str(storage), "--search", "optuna", "--samples", "2")
+    assert "--resume" in refused(capsys, toy, *common)
+    said = refused(capsys, toy, *common, "--resume")
+    assert "other settings" in said and "trial T_bad_run1" in said
+    assert path.read_bytes() == before
