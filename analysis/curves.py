@@ -64,7 +64,7 @@ def draw(data: SweepData, pareto: Pareto, path: Path) -> None:
     curves = compute(data)
     figure = Figure(figsize=(picture.WIDTH_IN, picture.HEIGHT_IN), dpi=picture.DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    foot = textwrap.wrap("  ·  ".join(pareto.caption), 135)
+    foot = textwrap.wrap("  ·  ".join(pareto.caption), 160)
     bottom = picture.bottom(len(foot))
     labels = _label_texts(curves)
     right = 0.80 if labels else 0.98
@@ -91,6 +91,8 @@ def _plot(
         Scale(), scale, (first_epoch - 0.4, last_epoch + max(0.4, 0.02 * last_epoch)), (low, high)
     )
     picture.set_axes(ax, axes, "epoch", "◀ better      drop on the validation split (%)")
+    whole = [tick for tick in ax.get_xticks() if float(tick).is_integer()]
+    ax.set_xticks(whole, [f"{tick:g}" for tick in whole])
     if pareto.gate and limit is not None:
         picture.gate_line(ax, axes, limit, pareto.gate.text, left=True)
     faint = 1.0 if len(curves) <= 12 else 0.55

@@ -1,6 +1,6 @@
 """The Pareto picture as one self-contained HTML page, drawn by plotly from a computed ``Pareto``.
 
-plotly.js is part of the page and nothing is fetched (the page's own policy forbids it), so it works offline, as
+plotly.js is part of the page and nothing is fetched (the page's own policy forbids it): it works offline, as
 a mail attachment, and in MLflow's artifact viewer (an iframe with sandbox="allow-scripts").
 """
 
@@ -25,7 +25,6 @@ HEIGHT_PX = 560
 _CONFIG = {
     "displaylogo": False,
     "responsive": True,
-    "plotlyServerURL": "",
     "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
 }
 # The plot area that labels are laid out for; in a wider window they only get more room.
@@ -287,7 +286,7 @@ _PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline';
-  style-src 'unsafe-inline'; img-src data: blob:">
+  style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>

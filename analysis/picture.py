@@ -25,7 +25,7 @@ def draw(pareto: Pareto, path: Path) -> None:
     """Write the picture to ``path`` (PNG, 1600 x 1024 pixels)."""
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    foot = [piece for line in style.footer(pareto) for piece in textwrap.wrap(line, 135)]
+    foot = [piece for line in style.footer(pareto) for piece in textwrap.wrap(line, 160)]
     low = bottom(len(foot))
     ax = figure.add_axes((0.085, low, 0.895, 0.825 - low))
     frame(figure, ax, "Quality against latency", pareto.sweep, pareto.headline, foot)
