@@ -1,0 +1,317 @@
+"""A cut student filled from its teacher: what is kept, and how it makes up for what is not.
+
+Layers are kept evenly, the first and the last always. Then, from the images on, every attention and
+feed-forward part of a kept layer is one least squares problem. Its features A are what enters the part's
+output projection when the teacher's layer runs on the student's residual stream x; its goal is the teacher's
+stream h after the same part or, for the feed-forward part, at the entrance of the next kept layer, so that
+it also makes up for the layers dropped in between. With H = A'A + ridge the full-width optimum is
+W = H^-1 A'(h - x). Heads and channels leave in the order in which that raises the error least once all others
+are refitted: group g costs tr(W_g' (H^-1_gg)^-1 W_g) (the optimal brain surgeon). The survivors' refit is the
+student's projection; queries, keys, values and first feed-forward layers are the teacher's rows. The
+decoder's embedding and linear heads are refitted in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.errors import InputError
+from trainables.dust3r.blocks import DecoderBlock, EncoderBlock, Positions
+from trainables.dust3r.config import Config
+from trainables.dust3r.model import DUSt3R, LinearHead
+
+Block = EncoderBlock | DecoderBlock
+# The residual streams of one batch: both images of the encoder in one tensor, or one tensor per view.
+Streams = tuple[Tensor, ...]
+
+_BATCH_TOKENS = 8192  # bounds memory: features of one batch are this many rows of float64
+_RIDGE = 1e-3  # of the mean feature power, towards the teacher's weights
+_REMOVAL_STEPS = 32
+
+
+def student_config(teacher_config: dict[str, Any], depth: float, heads: float, ffn: float) -> dict[str, Any]:
+    """The teacher's architecture with shares of its layers, heads and feed-forward channels, in (0, 1] each.
+
+    Both the encoder and the decoder are cut; widths of embeddings and heads stay. Counts round to the nearest
+    (at least 1), feed-forward widths to a multiple of 8. Raises InputError that names every bad ratio.
+    """
+    ratios = {"depth": depth, "heads": heads, "ffn": ffn}
+    bad = [f"{name}={value}" for name, value in ratios.items() if not 0 < value <= 1]
+    if bad:
+        raise InputError(f"student ratios {', '.join(bad)} must lie above 0 and at most at 1, e.g. 0.7")
+    old = Config(**teacher_config)
+    new: dict[str, Any] = {}
+    for side in ("enc", "dec"):
+        hidden = old.mlp_hidden(side)
+        new[f"{side}_depth"] = _share(getattr(old, f"{side}_depth"), depth)
+        new[f"{side}_num_heads"] = _share(getattr(old, f"{side}_num_heads"), heads)
+        new[f"{side}_head_dim"] = old.head_width(side)
+        new[f"{side}_mlp_hidden"] = hidden if ffn == 1 else min(hidden, 8 * _share(hidden / 8, ffn))
+    if old.head_type == "dpt":
+        # Position 0 of the decoder's list is the encoder's output; position i + 1 holds what layer i leaves.
+        reached = [0, *_ends(old.dec_depth, new["dec_depth"])]
+        new["hooks"] = tuple(
+            min(range(len(reached)), key=lambda i: abs(reached[i] - h)) for h in old.head_hooks
+        )
+    return dataclasses.replace(old, **new).to_data()
+
+
+def _share(count: float, ratio: float) -> int:
+    return max(1, math.floor(count * ratio + 0.5))
+
+
+def kept_layers(depth: int, keep: int) -> list[int]:
+    """Indices of `keep` of `depth` layers, evenly spread, first and last among them where keep >= 2."""
+    return [math.floor(i * (depth - 1) / max(1, keep - 1) + 0.5) for i in range(keep)]
+
+
+def _ends(depth: int, keep: int) -> list[int]:
+    """How many of the teacher's layers each kept layer stands for, counted from the first layer."""
+    return [*kept_layers(depth, keep)[1:], depth]
+
+
+@torch.no_grad()
+def inherit(teacher: DUSt3R, student: DUSt3R, images: Tensor) -> None:
+    """Fill `student` (of a config by :func:`student_config`) from `teacher`, which is left as it is.
+
+    images: calibration pairs (n, 2, 3, H, W) in [-1, 1], of which 64 to 256 suffice. Deterministic. A student
+    of the teacher's own size becomes its exact copy. Memory: two residual streams of all images, and one
+    square matrix of the feed-forward width in float64. Raises InputError where the student is not a cut form
+    of the teacher.
+    """
+    old, new = Config(**teacher.config), Config(**student.config)
+    _check(old, new, images)
+    state, target = teacher.state_dict(), student.state_dict()
+    if all(name in state and state[name].shape == t.shape for name, t in target.items()) and len(
+        state
+    ) == len(target):
+        student.load_state_dict(state)
+        return
+    shared = {name: t for name, t in state.items() if "_blocks" not in name}
+    student.load_state_dict(shared, strict=False)
+
+    device = next(teacher.parameters()).device
+    height, width = images.shape[-2:]
+    grid = teacher._grid((height, width))
+    pairs = max(1, _BATCH_TOKENS // (2 * grid[0] * grid[1]))
+    at = teacher._positions(grid, "enc", images.new_zeros((), device=device))
+    batches = (images[i : i + pairs].to(device) for i in range(0, len(images), pairs))
+    truth: list[Streams] = [(_embed(teacher, batch),) for batch in batches]
+    own = list(truth)
+    kept = kept_layers(old.enc_depth, new.enc_depth)
+    truth, own = _fit_stack((teacher.enc_blocks,), (student.enc_blocks,), kept, truth, own, at)
+
+    features = [teacher.enc_norm(x) for (x,) in own]
+    goals = [teacher.decoder_embed(teacher.enc_norm(x)) for (x,) in truth]
+    _refit(student.decoder_embed, zip(features, goals, strict=True))
+    truth = [_two_views(teacher, x) for x in goals]
+    own = [_two_views(teacher, student.decoder_embed(x)) for x in features]
+    at = teacher._positions(grid, "dec", truth[0][0])
+    kept = kept_layers(old.dec_depth, new.dec_depth)
+    old_stacks, new_stacks = ((m.dec_blocks, m.dec_blocks2) for m in (teacher, student))
+    truth, own = _fit_stack(old_stacks, new_stacks, kept, truth, own, at)
+
+    for view, name in enumerate(("downstream_head1", "downstream_head2")):
+        head, cut = getattr(teacher, name), getattr(student, name)
+        if isinstance(cut, LinearHead):
+            norm = teacher.dec_norm
+            _refit(
+                cut.proj, ((norm(x[view]), head.proj(norm(t[view]))) for x, t in zip(own, truth, strict=True))
+            )
+
+
+def _check(old: Config, new: Config, images: Tensor) -> None:
+    def same(config: Config) -> dict[str, Any]:
+        cut = ("depth", "num_heads", "head_dim", "mlp_hidden")
+        data = {k: v for k, v in config.to_data().items() if k[4:] not in cut and k != "hooks"}
+        return data | {side: config.head_width(side) for side in ("enc", "dec")}
+
+    def sizes(config: Config) -> dict[str, int]:
+        counts = {
+            f"{s}_{part}": getattr(config, f"{s}_{part}")
+            for s in ("enc", "dec")
+            for part in ("depth", "num_heads")
+        }
+        return counts | {f"{s}_mlp_hidden": config.mlp_hidden(s) for s in ("enc", "dec")}
+
+    bad = [f"{k}={v!r} (teacher {same(old)[k]!r})" for k, v in same(new).items() if v != same(old)[k]]
+    bad += [f"{k}={v} (teacher {sizes(old)[k]})" for k, v in sizes(new).items() if v > sizes(old)[k]]
+    if bad:
+        raise InputError(
+            f"student is not a cut form of its teacher: {', '.join(bad)}; make it by student_config"
+        )
+    if images.ndim != 5 or not len(images) or images.shape[1:3] != (2, 3):
+        raise InputError(
+            f"calibration images {tuple(images.shape)} must be pairs (n, 2, 3, H, W), n at least 1"
+        )
+
+
+def _embed(model: DUSt3R, pairs: Tensor) -> Tensor:
+    """Encoder tokens (2n, N, dim) before the first layer: all first views, then all second views."""
+    x: Tensor = model.patch_embed(torch.cat((pairs[:, 0], pairs[:, 1])))
+    return x if model.enc_pos_embed is None else x + model.enc_pos_embed
+
+
+def _two_views(model: DUSt3R, x: Tensor) -> Streams:
+    if model.dec_pos_embed is not None:
+        x = x + model.dec_pos_embed
+    return x.chunk(2)
+
+
+def _fit_stack(
+    old: Sequence[nn.ModuleList],
+    new: Sequence[nn.ModuleList],
+    kept: list[int],
+    truth: list[Streams],
+    own: list[Streams],
+    at: Positions,
+) -> tuple[list[Streams], list[Streams]]:
+    """Fill the student's layers (one stack per view); returns both sides' streams after the last layer."""
+    ends = [*kept[1:], len(old[0])]
+    for layer, (first, end) in enumerate(zip(kept, ends, strict=True)):
+        blocks = [stack[first] for stack in old]
+        cuts = [stack[layer] for stack in new]
+        entered, own_entered = truth, own
+        for part in _parts(blocks[0]):
+            truth = [_advance(blocks, part, x, i, at) for x, i in zip(truth, entered, strict=True)]
+            if part == "mlp":
+                for skipped in range(first + 1, end):
+                    truth = [_layer([stack[skipped] for stack in old], x, at) for x in truth]
+            for view, (block, cut) in enumerate(zip(blocks, cuts, strict=True)):
+                samples = (
+                    _sample(block, part, x[view], i[-1 - view], goal[view], at)
+                    for x, i, goal in zip(own, own_entered, truth, strict=True)
+                )
+                _fit_part(block, cut, part, samples)
+            own = [_advance(cuts, part, x, i, at) for x, i in zip(own, own_entered, strict=True)]
+    return truth, own
+
+
+def _parts(block: nn.Module) -> tuple[str, ...]:
+    return ("attn", "cross_attn", "mlp") if isinstance(block, DecoderBlock) else ("attn", "mlp")
+
+
+def _update(block: Any, part: str, x: Tensor, other: Tensor, at: Positions) -> Tensor:
+    """What `part` adds to the stream x; other is the other view's stream at the entrance of the layer."""
+    if part == "attn":
+        out: Tensor = block.attn(block.norm1(x), at)
+    elif part == "cross_attn":
+        out = block.cross_attn(block.norm2(x), block.norm_y(other), at, at)
+    else:
+        out = block.mlp((block.norm3 if isinstance(block, DecoderBlock) else block.norm2)(x))
+    return out
+
+
+def _advance(blocks: Sequence[nn.Module], part: str, x: Streams, entered: Streams, at: Positions) -> Streams:
+    return tuple(
+        s + _update(b, part, s, entered[-1 - v], at) for v, (b, s) in enumerate(zip(blocks, x, strict=True))
+    )
+
+
+def _layer(blocks: Sequence[nn.Module], x: Streams, at: Positions) -> Streams:
+    entered = x
+    for part in _parts(blocks[0]):
+        x = _advance(blocks, part, x, entered, at)
+    return x
+
+
+def _output(block: Any, part: str) -> nn.Linear:
+    layer: nn.Linear = block.mlp.fc2 if part == "mlp" else getattr(block, part).proj
+    return layer
+
+
+def _sample(
+    block: nn.Module, part: str, x: Tensor, other: Tensor, goal: Tensor, at: Positions
+) -> tuple[Tensor, Tensor]:
+    """Features that enter the part's output projection, and what the projection should make of them."""
+    seen: list[Tensor] = []
+    hook = _output(block, part).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        _update(block, part, x, other, at)
+    finally:
+        hook.remove()
+    return seen[0], goal - x
+
+
+def _normal_equations(layer: nn.Linear, samples: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(H, H W) of the ridge regression of goals on features and a constant one, which comes last; float64.
+
+    The ridge pulls towards `layer`'s own weights. H is (in + 1, in + 1), H W (in + 1, out).
+    """
+    assert layer.bias is not None
+    start = torch.cat((layer.weight.T, layer.bias[None])).double()
+    gram, cross = start.new_zeros(len(start), len(start)), torch.zeros_like(start)
+    rows = 0
+    for features, goals in samples:
+        a, b = features.flatten(0, -2).double(), goals.flatten(0, -2).double()
+        a = torch.cat((a, a.new_ones(len(a), 1)), 1)
+        gram += a.T @ a
+        cross += a.T @ b
+        rows += len(a)
+    gram, cross = gram / rows, cross / rows
+    ridge = _RIDGE * gram.diagonal()[:-1].mean()
+    gram.diagonal().add_(ridge)
+    return gram, cross + ridge * start
+
+
+def _survivors(gram: Tensor, cross: Tensor, group: int, keep: int) -> Tensor:
+    """Indices of the features in the `keep` groups of neighbours that remain after the cheapest removals."""
+    inverse = torch.linalg.inv(gram)
+    weight = inverse @ cross
+    groups = (len(gram) - 1) // group
+    alive = torch.arange(groups, device=gram.device)
+    step = math.ceil((groups - keep) / _REMOVAL_STEPS) if group == 1 else 1
+    while len(alive) > keep:
+        index = (alive[:, None] * group + torch.arange(group, device=gram.device)).flatten()
+        rows = weight[index].view(len(alive), group, -1)
+        local = inverse[index.view(-1, group, 1), index.view(-1, 1, group)]
+        cost = (rows * torch.linalg.solve(local, rows)).sum((1, 2))
+        gone = cost.topk(min(step, len(alive) - keep), largest=False).indices
+        out = index.view(-1, group)[gone].flatten()
+        factor = torch.linalg.solve(inverse[out][:, out], torch.cat((inverse[out], weight[out]), 1))
+        column = inverse[:, out]
+        weight = weight - column @ factor[:, len(gram) :]
+        inverse = inverse - column @ factor[:, : len(gram)]
+        left = torch.ones(len(alive), dtype=torch.bool, device=gram.device)
+        left[gone] = False
+        alive = alive[left]
+    return (alive[:, None] * group + torch.arange(group, device=gram.device)).flatten()
+
+
+def _fit_part(block: Any, cut: Any, part: str, samples: Iterator[tuple[Tensor, Tensor]]) -> None:
+    gram, cross = _normal_equations(_output(block, part), samples)
+    if part == "mlp":
+        index = _survivors(gram, cross, 1, cut.mlp.fc1.out_features)
+    else:
+        attention = getattr(cut, part)
+        index = _survivors(gram, cross, attention.head_dim, attention.heads)
+    _solve(_output(cut, part), gram, cross, index)
+    for name, norm in block.named_children():
+        if isinstance(norm, nn.LayerNorm):
+            getattr(cut, name).load_state_dict(norm.state_dict())
+    inputs = {"attn": ("qkv",), "cross_attn": ("projq", "projk", "projv"), "mlp": ("fc1",)}[part]
+    for name in inputs:
+        old, new = getattr(getattr(block, part), name), getattr(getattr(cut, part), name)
+        stacked = 3 if name == "qkv" else 1
+        new.weight.copy_(old.weight.view(stacked, -1, old.in_features)[:, index].flatten(0, 1))
+        new.bias.copy_(old.bias.view(stacked, -1)[:, index].flatten())
+
+
+def _solve(layer: nn.Linear, gram: Tensor, cross: Tensor, index: Tensor) -> None:
+    """Write the solution restricted to the features in `index` (and the constant) into `layer`."""
+    chosen = torch.cat((index, index.new_tensor([len(gram) - 1])))
+    solution = torch.linalg.solve(gram[chosen][:, chosen], cross[chosen])
+    assert layer.bias is not None
+    layer.weight.copy_(solution[:-1].T)
+    layer.bias.copy_(solution[-1])
+
+
+def _refit(layer: nn.Linear, samples: Iterator[tuple[Tensor, Tensor]]) -> None:
+    gram, cross = _normal_equations(layer, samples)
+    _solve(layer, gram, cross, torch.arange(len(gram) - 1, device=gram.device))
