@@ -49,6 +49,7 @@ class Replay(tune.Trainable):
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["RAY_worker_niceness"] = "0"  # at Ray's 15 a busy machine starves the workers
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
