@@ -35,6 +35,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_BACKEND_LOG_LEVEL": "error",
+    "RAY_NUM_REDIS_GET_RETRIES": "5",  # seconds until a refused driver hears of it
     # Ray's default of 15 starves trials beside any other program, and latency would be measured like that.
     "RAY_worker_niceness": "0",
 }
@@ -108,6 +110,8 @@ def _check_token() -> None:
 
 def _check_port(address: str) -> None:
     """Ray itself takes a minute to find that nobody listens."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "auto")
     if address == "auto":
         return
     host, colon, port = address.removeprefix("ray://").rpartition(":")

@@ -52,7 +52,7 @@ class Planner:
     def plan(self, trial: Trial, tags: Mapping[str, Any] | None = None) -> Planned:
         """Check a trial's parameters against the settings and name it; InputError lists what does not fit."""
         self.resolved.with_params(trial.params, trial.task_id)
-        combo, keyparams = label(trial.params)
+        combo, keyparams = label(trial.params)  # after the check: it reads schedules
         combo = trial.combo if trial.combo is not None else combo
         keyparams = trial.keyparams if trial.keyparams is not None else keyparams
         if not combo:

@@ -1,4 +1,6 @@
-"""The launcher on a toy sweep, with real Ray, real MLflow and real kills; the sweep itself is toy_sweep.py."""
+"""The launcher on a toy sweep, with real Ray, real MLflow and real kills; the sweep itself is
+toy_sweep.py.
+"""
 
 import importlib.util
 import json
@@ -173,12 +175,6 @@ def test_nothing_is_lost_when_the_driver_dies(tmp_path: Path) -> None:
     runs = mlflow_runs(tmp_path)
     assert len(runs) == 4 and "RUNNING" not in runs.values()
     assert mlflow_steps(tmp_path, "T_good_run1") == list(range(1, 9))
-
-    finished = len((folder / "trials" / good.trial_id / "steps.log").read_text())
-    code, _, err = finish(start(tmp_path, "--resume", **env))
-    assert code == 0, err
-    assert len((folder / "trials" / good.trial_id / "steps.log").read_text()) == finished
-    assert mlflow_runs(tmp_path) == runs
 
 
 @pytest.fixture

@@ -1,0 +1,150 @@
+"""--address against a real `ray start --head` with a token, and every way in which it cannot work."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engines.errors import InputError
+from sweeps import cluster
+from sweeps.journal import SweepState
+
+TOY = Path(__file__).with_name("toy_sweep.py")
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def drive(storage: Path, address: str, env: dict[str, str]) -> tuple[int, str, str]:
+    command = [sys.executable, str(TOY), "--storage", str(storage), "--address", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """A head with token authentication on free ports: its address and the environment of those who may
+    join.
+    """
+    token = tmp_path_factory.mktemp("token") / "auth_token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    token.chmod(0o600)
+    # A home of its own, so that `auto` finds this head and nothing of the machine's owner is touched.
+    temp = Path("/tmp") / f"ray-test-{os.getpid()}"
+    env = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_worker_niceness": "0",
+    }
+    env |= {"RAY_TMPDIR": str(temp), "RAY_USAGE_STATS_ENABLED": "0"}
+    port, manager, nodes, agent = free_ports(4)
+    command = [
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=2",
+    ]
+    command += [
+        f"--object-manager-port={manager}",
+        f"--node-manager-port={nodes}",
+        "--include-dashboard=false",
+    ]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={temp}"]
+    log = (token.parent / "head.log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+    try:
+        end = time.monotonic() + 90
+        while "Ray runtime started" not in (token.parent / "head.log").read_text():
+            assert time.monotonic() < end and process.poll() is None, (token.parent / "head.log").read_text()
+            time.sleep(0.3)
+        yield f"127.0.0.1:{port}", env
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        _, alive = psutil.wait_procs([*children, psutil.Process(process.pid)], timeout=20)
+        for one in alive:
+            one.kill()
+        log.close()
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def test_address_auto_runs_a_whole_sweep_on_a_cluster_with_a_token(
+    head: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    address, env = head
+    # From a folder that is not the project's: the code must travel to the workers by itself.
+    code, out, err = drive(tmp_path, "auto", {**env, "RAY_ADDRESS": address})
+    assert code == 0, err
+    state = SweepState.replay(tmp_path / "toy_small_seed42" / "journal.jsonl")
+    assert [(t.record or {}).get("verdict") for t in state.trials.values()] == ["n/a", "pass", "fail"]
+    assert "T_good_run1" in out
+
+
+def test_a_driver_without_the_right_token_is_told_what_to_do(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    address, env = head
+    wrong = tmp_path / "token"
+    wrong.write_text("fedcba9876543210fedcba9876543210")
+    code, out, err = drive(tmp_path / "runs", address, {**env, "RAY_AUTH_TOKEN_PATH": str(wrong)})
+    assert code == 2 and err.startswith("error: --address") and "token" in err, err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in out
+    assert not (tmp_path / "runs" / "toy_small_seed42").exists()
+
+
+def test_bad_addresses_end_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    port = free_ports(1)[0]
+    for address, said in {
+        f"127.0.0.1:{port}": "no Ray cluster answers",
+        "somewhere": "expected `auto` or HOST:PORT",
+        "host:99999": "expected `auto` or HOST:PORT",
+        "ray://host:10001": "expected `auto` or HOST:PORT",
+    }.items():
+        with pytest.raises(InputError) as caught, cluster.connect(address):
+            pass
+        assert said in str(caught.value) and address in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_or_empty_token_says_where_it_belongs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(InputError, match="no cluster token in .*ray get-auth-token"), cluster.connect("auto"):
+        pass
+    (tmp_path / "none").write_text("\n")
+    with pytest.raises(InputError, match="is empty"), cluster.connect("auto"):
+        pass
+
+
+def test_auto_without_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Ray's own search for a cluster looks at every process of the machine, so the test asks for its answer alone.
+    error = cluster._explained("auto", ConnectionError("Could not find any running Ray instance.\nMore."))
+    assert str(error).startswith("--address auto: no Ray cluster found (Could not find any running Ray instance")
+    assert "ray start --head" in str(error) and "\n" not in str(error)
+    (tmp_path / "token").write_text("0123456789abcdef")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_ports(1)[0]}")
+    with pytest.raises(InputError, match="no Ray cluster answers"), cluster.connect("auto"):
+        pass
