@@ -126,9 +126,7 @@ def forecast(history: Sequence[float | None], max_evals: int) -> Forecast:
     values = np.array([math.nan if v is None else v for v in history[:max_evals]], dtype=np.float64)
     seen = np.flatnonzero(np.isfinite(values))
     if len(seen) == 0:
-        raise InputError(
-            f"history of {len(history)} evaluations without a finite drop: nothing to forecast from"
-        )
+        raise InputError(f"history of {len(history)} evaluations without a finite drop: nothing to forecast from")
     y, best = values[seen], float(values[seen].min())
     future = slice(len(values), max_evals)
     if len(values) == max_evals:

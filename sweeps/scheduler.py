@@ -85,9 +85,7 @@ class StopLossScheduler(FIFOScheduler):
         self._stop(trial_id, *found)
         return str(TrialScheduler.STOP)
 
-    def on_trial_complete(
-        self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]
-    ) -> None:
+    def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
         """Take in the last result of a trial that ended by itself: Ray never shows it to
         `on_trial_result`."""
         trial_id = str(trial.config["trial_id"])

@@ -48,8 +48,8 @@ class Replay(tune.Trainable):
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["RAY_worker_niceness"] = "0"  # at Ray's 15 a busy machine starves the workers
+    # At Ray's niceness of 15 a busy machine starves the workers.
+    os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_worker_niceness="0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -76,9 +76,7 @@ class Sweep:
         tuner = tune.Tuner(
             tune.with_resources(Replay, {"cpu": 1}),
             param_space=space,
-            tune_config=tune.TuneConfig(
-                scheduler=self.scheduler, reuse_actors=reuse, max_concurrent_trials=concurrent
-            ),
+            tune_config=tune.TuneConfig(scheduler=self.scheduler, reuse_actors=reuse, max_concurrent_trials=concurrent),
             run_config=tune.RunConfig(
                 storage_path=str(self.tmp_path / "ray"),
                 verbose=0,

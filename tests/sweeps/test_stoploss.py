@@ -36,9 +36,7 @@ def test_divergence_stops_at_once(last: float | None) -> None:
 def test_a_hopeless_trial_is_stopped_and_told_in_numbers() -> None:
     decision = decide([0.3, 0.2] + [0.18] * 6, [], RULE)
     assert decision.stop and decision.reason == "stop_loss"
-    assert (
-        "forecast" in decision.detail and "optimistic" in decision.detail and "budget 1 %" in decision.detail
-    )
+    assert "forecast" in decision.detail and "optimistic" in decision.detail and "budget 1 %" in decision.detail
     assert "\n" not in decision.detail
 
 
