@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,8 +36,6 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_BACKEND_LOG_LEVEL": "error",
-    "RAY_NUM_REDIS_GET_RETRIES": "5",  # seconds until a refused driver hears of it
     # Ray's default of 15 starves trials beside any other program, and latency would be measured like that.
     "RAY_worker_niceness": "0",
 }
@@ -77,7 +76,8 @@ def connect(address: str | None) -> Iterator[Cluster]:
             "runtime_env": {"py_modules": [str(root / package) for package in PACKAGES]},
         }
     try:
-        ray.init(**options)
+        with _muted() if address else contextlib.nullcontext():
+            ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise _explained(address, error) from error
     try:
@@ -122,6 +122,20 @@ def _check_port(address: str) -> None:
     except OSError as error:
         said = error.strerror or str(error)
         raise InputError(f"--address {address}: no Ray cluster answers ({said}); {HOW_TO_START}") from error
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """While Ray tries to join, its core writes a line per try straight to file descriptor 2."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _explained(address: str | None, error: Exception) -> InputError:
