@@ -36,9 +36,7 @@ def drop(value: float, reference: float, lower_is_better: bool) -> float:
     Raises InputError for a reference that is not a positive finite number: relative to it nothing has a size.
     """
     if not (math.isfinite(reference) and reference > 0):
-        raise InputError(
-            f"reference={reference}: expected a positive number; measure the reference on more samples"
-        )
+        raise InputError(f"reference={reference}: expected a positive number; measure the reference on more samples")
     change = (value - reference) / reference
     return change if lower_is_better else -change
 
@@ -61,9 +59,7 @@ def paired_drop(
     """
     a, b = np.asarray(values, dtype=np.float64), np.asarray(reference_values, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
-        raise InputError(
-            f"paired drop: {a.shape} values, {b.shape} reference values; expected two lists of one length"
-        )
+        raise InputError(f"paired drop: {a.shape} values, {b.shape} reference values; expected two lists of one length")
     if not 0 < level < 1 or n < 1:
         raise InputError(f"paired drop: level={level}, n={n}; expected 0 < level < 1 and n >= 1")
     value = drop(float(a.mean()), float(b.mean()), lower_is_better)

@@ -127,9 +127,7 @@ class Record:
         except ValueError:
             aware = False
         if not aware:
-            problems.append(
-                f"datetime={self.datetime!r}, expected ISO 8601 with an offset (record.now() gives it)"
-            )
+            problems.append(f"datetime={self.datetime!r}, expected ISO 8601 with an offset (record.now() gives it)")
         return problems
 
     def to_dict(self) -> dict[str, Value]:

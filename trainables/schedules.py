@@ -43,9 +43,7 @@ class Schedule:
             )
         if self.kind != "step":
             if self.shares:
-                raise InputError(
-                    f"{self.kind} schedule with shares {list(self.shares)}: only step takes shares"
-                )
+                raise InputError(f"{self.kind} schedule with shares {list(self.shares)}: only step takes shares")
             return
         if not all(0 < share <= 1 for share in self.shares):
             raise InputError(f"schedule shares {list(self.shares)}: each must lie in (0, 1]")

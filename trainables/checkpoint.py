@@ -1,0 +1,80 @@
+"""Checkpoints: written to a temporary name and renamed, read without unpickling anything but tensors and plain data."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engines.errors import InputError
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` (tensors and plain data) to `path`, which holds either the old or the new content, never a part.
+
+    Raises:
+        OSError: nothing could be written; the message says that the earlier file survives.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error)
+        cause = "no space left on the device" if full else str(error).splitlines()[0]
+        kept = "the earlier checkpoint is kept" if path.exists() else "there was no earlier checkpoint"
+        raise OSError(f"checkpoint {path} could not be written: {cause}; {kept}") from error
+
+
+def load(path: Path, what: str = "checkpoint") -> dict[str, Any]:
+    """Read a file that :func:`save` wrote. Raises InputError when it is missing, truncated or not such a file."""
+    if not path.is_file():
+        raise InputError(f"{what} {path} does not exist; give the path of a .pth file that slimsweep wrote")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"{what} {path} cannot be read ({reason}); it is truncated or not a .pth file") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{what} {path} holds a {type(content).__name__}, expected a dictionary with 'model'")
+    return content
+
+
+def rng_states() -> dict[str, Any]:
+    """The states of all random generators of this process, as plain data and tensors."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, numbers, gauss = random.getstate()
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ],
+        "python": [version, list(numbers), gauss],
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_rng(states: dict[str, Any]) -> None:
+    """Put back what :func:`rng_states` took."""
+    torch.set_rng_state(states["torch"])
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])

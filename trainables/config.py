@@ -1,0 +1,95 @@
+"""The settings that a trainable is given: what is measured (workload) and how a student is distilled.
+
+Every key with its unit and meaning is explained in ``sweeps/settings/*.yaml``; here are types and limits.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from trainables.schedules import Schedule
+
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are refused, values cannot be changed after they were checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class WorkloadSettings(Settings):
+    """The fixed measuring protocol; its hash is the workload's identity."""
+
+    data: Literal["rooms"] = "rooms"
+    image_size: str = "64x64"
+    workload_seed: int = Field(42, ge=0)
+    sampled_pairs: Count = 20
+    neighbours: Count = 4
+    views_per_scene: int = Field(8, ge=2)
+    val_pairs: Count = 512
+    test_pairs: Count = 2048
+    primary: Literal["absrel", "chamfer", "rmse", "delta1"] = "absrel"
+    warmup: int = Field(5, ge=0)
+    repeats: int = Field(60, ge=5)
+    threads: Count = 1
+
+    @field_validator("image_size")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", value):
+            raise ValueError("expected WIDTHxHEIGHT in pixels, e.g. 64x64")
+        return value
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Image height and width in pixels."""
+        width, height = (int(part) for part in self.image_size.split("x"))
+        return height, width
+
+    @model_validator(mode="after")
+    def _graph(self) -> WorkloadSettings:
+        if self.neighbours >= self.views_per_scene:
+            raise ValueError(
+                f"neighbours={self.neighbours} must be smaller than views_per_scene={self.views_per_scene}"
+            )
+        return self
+
+
+class DistillSettings(Settings):
+    """How one student is made from the teacher; a trial overrides the keys that it searches."""
+
+    teacher: str = "shipped"
+    epochs: Count = 30
+    pairs_per_epoch: Count = 4096
+    train_pairs: Count = 32768
+    batch_size: Count = 32
+    lr: float = Field(5e-4, gt=0)
+    lr_end: float = Field(0.01, ge=0, le=1)
+    lr_warmup: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    alpha: float = Field(1.0, ge=0)
+    T: float = Field(3.0, gt=0)
+    beta: Any = 0.5
+    gamma: float = Field(0.0, ge=0)
+    depth: Ratio = 0.7
+    heads: Ratio = 0.7
+    ffn: Ratio = 0.7
+    init: Literal["inherit", "scratch"] = "inherit"
+    budget: float = Field(0.01, gt=0)
+    grace: Count = 3
+    patience: Count = 3
+    eta: int = Field(3, ge=2)
+    min_peers: Count = 4
+
+    @field_validator("beta")
+    @classmethod
+    def _schedule(cls, value: Any) -> Any:
+        schedule = Schedule.from_data(value)
+        if min(schedule.values) < 0:
+            raise ValueError(f"weights {list(schedule.values)} of the schedule must be 0 or more")
+        return schedule.to_data()

@@ -1,0 +1,79 @@
+"""Distill: a Ray trainable that trains a student on the task and on its teacher's outputs, generic over a Domain.
+
+L = alpha L_task + sum over signals of weight(progress) x L_signal. Teacher outputs come from a cache that all trials
+share; adapters exist in training only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainables.domain import Batch, make_domain
+from trainables.gates import drop
+from trainables.teacher_cache import TeacherCache, teacher_metrics
+from trainables.training import Training
+
+
+class Distill(Training):
+    """All trials of a seed see the same samples in the same order, so that their differences are paired."""
+
+    def build(self) -> None:
+        """The student as the trial's parameters say, its signals and the shared cache."""
+        params = self.config["params"]
+        self.settings = {**self.settings, **params}
+        self.domain = make_domain(self.config["domain"], self.config["settings"], params, self.seed)
+        cache = Path(self.config["cache_dir"])
+        self.signals = self.domain.signals()
+        states = any(signal.name != "kl" for signal in self.signals)
+        self.cache = TeacherCache(cache, self.domain, self.settings["train_pairs"], states)
+        reference = teacher_metrics(cache, self.domain, "val", full=False)
+        self.reference = float(reference[self.domain.primary].mean())
+        self.model = self.domain.student()
+        self.heads = self.domain.adapters() if states else nn.ModuleDict()
+        self.trained = nn.ModuleList([self.model, self.heads])
+
+    @property
+    def lower_is_better(self) -> bool:
+        """As the domain's primary metric."""
+        return self.domain.lower_is_better
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """A shuffled pass over the cache after the other, cut into epochs."""
+        size = self.settings["batch_size"]
+        first = (epoch - 1) * self.steps_per_epoch * size
+        stream = torch.arange(first, first + self.steps_per_epoch * size)
+        order = {int(p): self._shuffled(int(p)) for p in torch.unique(stream // self.cache.count)}
+        picked = torch.stack([order[int(i) // self.cache.count][int(i) % self.cache.count] for i in stream])
+        for rows in torch.split(picked, size):
+            yield self.cache.rows(rows)
+
+    def _shuffled(self, turn: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+        return torch.randperm(self.cache.count, generator=generator)
+
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum and each unweighted part."""
+        outputs = self.domain.forward(self.model, batch)
+        parts = {"task": self.domain.task_loss(outputs, batch)}
+        total = self.settings["alpha"] * parts["task"]
+        for signal in self.signals:
+            parts[signal.name] = self.domain.signal_loss(signal.name, outputs, batch, self.heads)
+            total = total + signal.weight.value(progress) * parts[signal.name]
+        return total, parts
+
+    def validate(self) -> dict[str, float]:
+        """Mean metrics over the validation samples and the drop of the primary one against the teacher."""
+        means = {f"val_{name}": float(value.mean()) for name, value in self.domain.evaluate(self.model, "val").items()}
+        quality = means[f"val_{self.domain.primary}"]
+        fall = drop(quality, self.reference, self.domain.lower_is_better)
+        return {"val_drop": fall, "val_quality": quality, **means}
+
+    def exported(self) -> dict[str, Any]:
+        """The plain student and where it comes from; no adapter."""
+        origin = {"params": dict(self.config["params"]), "seed": self.seed, "epoch": self.epoch}
+        return {**self.domain.export(self.model), "origin": origin}

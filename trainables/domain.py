@@ -1,0 +1,100 @@
+"""What a domain (DUSt3R, a surface-code decoder) implements so that the trainables can stay generic.
+
+A new domain is one class and one line in DOMAINS; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from engines.errors import InputError
+from trainables.schedules import Schedule
+
+Batch = dict[str, Tensor]
+Outputs = dict[str, Tensor]
+
+DOMAINS = {"dust3r": "trainables.dust3r.domain:Dust3r"}
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One distillation loss term: its name in the logs and its weight over training."""
+
+    name: str
+    weight: Schedule
+
+
+class Domain(Protocol):
+    """Models, data, losses and metrics of one kind of experiment. Built by :func:`make_domain` in any process."""
+
+    primary: str
+    lower_is_better: bool
+
+    def new_teacher(self) -> nn.Module:
+        """The small teacher's architecture with fresh weights, for pretraining."""
+
+    def teacher(self) -> nn.Module:
+        """The frozen teacher in eval mode. InputError when the file named in the settings cannot serve."""
+
+    def student(self) -> nn.Module:
+        """A fresh student as the settings say (architecture, inherited or random weights)."""
+
+    def load(self, path: Path) -> nn.Module:
+        """A model from a file that :meth:`export` filled. InputError names what is wrong with it."""
+
+    def export(self, model: nn.Module) -> dict[str, Any]:
+        """The plain model as data: 'model' (tensors) and 'config' (constructor arguments)."""
+
+    def data_id(self) -> str:
+        """Changes whenever the training samples would: code, seed, size."""
+
+    def split_id(self, split: str) -> str:
+        """Changes whenever the metrics of :meth:`evaluate` on a split would, for the same model."""
+
+    def samples(self, split: str, indices: Tensor) -> Batch:
+        """Samples by index, leading dimension len(indices), in the dtypes in which they are cached."""
+
+    def teacher_outputs(self, teacher: nn.Module, batch: Batch) -> Batch:
+        """What distillation needs of the teacher, float16, keys 'teacher_*' (hidden states: 'teacher_state_*')."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Outputs and hidden states by name."""
+
+    def task_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """The loss against the ground truth."""
+
+    def pretraining_samples(self, indices: Tensor) -> Batch:
+        """Fresh training samples for :meth:`pretraining_loss`."""
+
+    def pretraining_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss that the small teacher is trained with."""
+
+    def signals(self) -> list[Signal]:
+        """The distillation terms that are on, with their weights."""
+
+    def signal_loss(self, name: str, outputs: Outputs, batch: Batch, adapters: nn.ModuleDict) -> Tensor:
+        """One term, unweighted. batch holds the teacher's outputs."""
+
+    def adapters(self) -> nn.ModuleDict:
+        """What only training needs between student and teacher states; never exported."""
+
+    def evaluate(self, model: nn.Module, split: str, full: bool = False) -> dict[str, Tensor]:
+        """Metrics per sample on a fixed split ('val' or 'test'); full adds the slow ones."""
+
+    def deployed(self, model: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, ...]], list[str], list[str]]:
+        """The module that is exported and timed, the workload's inputs for it, and names of inputs and outputs."""
+
+
+def make_domain(name: str, settings: Mapping[str, Any], params: Mapping[str, Any], seed: int) -> Domain:
+    """The domain `name` for these settings (flat) with a trial's own parameters on top."""
+    if name not in DOMAINS:
+        raise InputError(f"domain {name!r} is unknown, use one of {', '.join(DOMAINS)}")
+    module, cls = DOMAINS[name].split(":")
+    domain: Domain = getattr(importlib.import_module(module), cls)({**settings, **params}, seed)
+    return domain

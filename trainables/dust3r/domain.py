@@ -1,0 +1,275 @@
+"""DUSt3R as a Domain: what the generic trainables need to know about two images and their 3D points."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from engines.errors import InputError
+from trainables import checkpoint
+from trainables.config import DistillSettings, WorkloadSettings
+from trainables.domain import Batch, Outputs, Signal
+from trainables.dust3r import inherit, losses, metrics, pairs, rooms
+from trainables.dust3r.model import DUSt3R, from_reference_config
+from trainables.schedules import Schedule
+
+SHIPPED = Path(__file__).parent / "weights" / "teacher_small.safetensors"
+SMALL_TEACHER: dict[str, Any] = {
+    "output_mode": "pts3d",
+    "depth_mode": ("exp", -math.inf, math.inf),
+    "conf_mode": ("exp", 1.0, math.inf),
+    "pos_embed": "cosine",
+    "patch_embed_cls": "PatchEmbedDust3R",
+    "landscape_only": False,
+    "img_size": (64, 64),
+    "patch_size": 8,
+    "enc_embed_dim": 160,
+    "enc_depth": 6,
+    "enc_num_heads": 5,
+    "dec_embed_dim": 128,
+    "dec_depth": 4,
+    "dec_num_heads": 4,
+    "head_type": "linear",
+}
+CALIBRATION_PAIRS = 256
+STATES = ("enc1", "enc2", "dec1", "dec2")
+
+
+def _part(model: type[BaseModel], settings: Mapping[str, Any]) -> Any:
+    return model(**{key: value for key, value in settings.items() if key in model.model_fields})
+
+
+class Dust3r:
+    """Procedural rooms, confidence-weighted pointmap regression, AbsRel after one median scale per pair."""
+
+    def __init__(self, settings: Mapping[str, Any], seed: int) -> None:
+        self.workload: WorkloadSettings = _part(WorkloadSettings, settings)
+        self.distill: DistillSettings = _part(DistillSettings, settings)
+        self.seed = seed
+        self.primary = self.workload.primary
+        self.lower_is_better = metrics.LOWER_IS_BETTER[self.primary]
+        self._fixed: dict[str, list[Batch]] = {}
+
+    # ------------------------------------------------------------------ models
+    def new_teacher(self) -> DUSt3R:
+        """The small teacher's architecture, with fresh weights from the present random state."""
+        return from_reference_config(**{**SMALL_TEACHER, "img_size": self.workload.height_width})
+
+    def teacher(self) -> DUSt3R:
+        """The shipped teacher or the one of the settings, frozen."""
+        model = self.load(SHIPPED if self.distill.teacher == "shipped" else Path(self.distill.teacher))
+        size = tuple(model.config["img_size"])
+        if model.config["pos_embed"] == "cosine" and size != self.workload.height_width:
+            raise InputError(
+                f"image_size={self.workload.image_size}: teacher {self.distill.teacher!r} takes "
+                f"{size[1]}x{size[0]} images; give a teacher of that size with --set teacher=PATH"
+            )
+        return model.eval().requires_grad_(False)
+
+    def student(self) -> DUSt3R:
+        """A student of the settings' depth, heads and FFN ratios; `inherit` fills it from the teacher."""
+        teacher = self.teacher()
+        d = self.distill
+        student = from_reference_config(
+            **inherit.student_config(teacher.config, depth=d.depth, heads=d.heads, ffn=d.ffn)
+        )
+        if d.init == "inherit":
+            image = self.samples("train", torch.arange(CALIBRATION_PAIRS))["image"].float() / 127.5 - 1
+            inherit.inherit(teacher, student, image)
+        return student
+
+    def load(self, path: Path) -> DUSt3R:
+        """A model from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
+        try:
+            config, weights = _read_model(path)
+            model = from_reference_config(**config)
+            model.load_state_dict(weights)
+        except (RuntimeError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path}: not a DUSt3R model of this architecture ({reason})") from None
+        return model
+
+    def export(self, model: nn.Module) -> dict[str, Any]:
+        """Tensors and constructor arguments of the plain model."""
+        assert isinstance(model, DUSt3R)
+        return {"model": model.state_dict(), "config": model.config}
+
+    # ------------------------------------------------------------------ data
+    def data_id(self) -> str:
+        """Hash of the renderer's code, the seed and the image size."""
+        code = inspect.getsource(rooms)
+        return hashlib.sha256(f"{code}{self.seed}{self.workload.image_size}".encode()).hexdigest()[:12]
+
+    def split_id(self, split: str) -> str:
+        """Hash of the renderer's and the metrics' code and the protocol."""
+        code = inspect.getsource(rooms) + inspect.getsource(metrics)
+        w = self.workload
+        count = w.test_pairs if split == "test" else w.val_pairs
+        text = f"{code}{split}{count}{w.workload_seed}{w.image_size}{self.primary}"
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def samples(self, split: str, indices: Tensor) -> Batch:
+        """Directed pairs: index 2 s and 2 s + 1 are scene s seen both ways.
+
+        image (B, 2, 3, H, W) uint8; points (B, 2, H, W, 3) float16, metres in the first camera's frame.
+        """
+        scenes, where = torch.unique(indices // 2, return_inverse=True)
+        both = self.both_ways(self.scene_pairs(split, scenes))
+        rows = where + len(scenes) * (indices % 2)
+        return {"image": both["image"][rows], "points": both["points"][rows].half()}
+
+    def scene_pairs(self, split: str, scenes: Tensor) -> Batch:
+        """One pair of views per scene, points float32, and pose (B, 4, 4) of camera 2 in camera 1."""
+        seed = self.seed if split == "train" else self.workload.workload_seed
+        views = rooms.render(seed, split, scenes, 2, self.workload.height_width)
+        pose = torch.linalg.inv(views.pose[:, 0]) @ views.pose[:, 1]
+        return {"image": views.image, "points": views.points, "pose": pose}
+
+    def pretraining_samples(self, indices: Tensor) -> Batch:
+        """Training scenes by index, for :meth:`pretraining_loss`."""
+        return self.scene_pairs("train", indices)
+
+    def both_ways(self, batch: Batch) -> Batch:
+        """The pairs followed by the same pairs with their views swapped, points in the new first camera's frame."""
+        rotation, centre = batch["pose"][:, :3, :3], batch["pose"][:, :3, 3]
+        local = torch.einsum("bvhwi,bij->bvhwj", batch["points"] - centre[:, None, None, None], rotation)
+        return {
+            "image": torch.cat([batch["image"], batch["image"].flip(1)]),
+            "points": torch.cat([batch["points"], local.flip(1)]),
+        }
+
+    # ------------------------------------------------------------------ forward and losses
+    def forward(self, model: nn.Module, batch: Batch, symmetric: bool = False) -> Outputs:
+        """Pointmaps and hidden states by name; with `symmetric` of the batch and of its swapped views (2B)."""
+        assert isinstance(model, DUSt3R)
+        image = batch["image"].float() / 127.5 - 1
+        (pts1, conf1, pts2, conf2), states = model.features(image[:, 0], image[:, 1], symmetric=symmetric)
+        return {"pts1": pts1, "conf1": conf1, "pts2": pts2, "conf2": conf2, **states}
+
+    def teacher_outputs(self, teacher: nn.Module, batch: Batch) -> Batch:
+        """Normalised pointmaps, confidences and hidden states of the teacher, float16."""
+        with torch.no_grad():
+            out = self.forward(teacher, batch)
+        pts1, pts2 = _normalised(out)
+        kept = {"pts1": pts1, "pts2": pts2, "conf1": out["conf1"], "conf2": out["conf2"]}
+        kept |= {f"state_{name}": out[name] for name in STATES}
+        return {f"teacher_{name}": value.half() for name, value in kept.items()}
+
+    def task_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Confidence-weighted regression of jointly normalised pointmaps (DUSt3R's ConfLoss over Regr3D)."""
+        true1, true2 = batch["points"][:, 0].float(), batch["points"][:, 1].float()
+        valid = torch.ones(true1.shape[:3], dtype=torch.bool, device=true1.device)
+        return losses.confidence_loss(
+            outputs["pts1"], outputs["conf1"], outputs["pts2"], outputs["conf2"], true1, true2, valid, valid
+        )
+
+    def pretraining_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The task loss over both directions of each pair; `batch` is of :meth:`scene_pairs`."""
+        return self.task_loss(self.forward(model, batch, symmetric=True), self.both_ways(batch))
+
+    def signals(self) -> list[Signal]:
+        """`kl` with weight beta and `feature` with weight gamma, where their weights are not zero."""
+        d = self.distill
+        terms = [
+            Signal("kl", Schedule.from_data(d.beta)),
+            Signal("feature", Schedule.from_data(d.gamma)),
+        ]
+        return [term for term in terms if any(term.weight.values)]
+
+    def signal_loss(self, name: str, outputs: Outputs, batch: Batch, adapters: nn.ModuleDict) -> Tensor:
+        """`kl`: Laplace KL of both views at temperature T; `feature`: mean squared distance of adapted states."""
+        if name == "feature":
+            errors = [
+                (adapters[s[:3]](outputs[s]) - batch[f"teacher_state_{s}"].float()).square().mean() for s in STATES
+            ]
+            return torch.stack(errors).mean()
+        pts1, pts2 = _normalised(outputs)
+        student = ((pts1, outputs["conf1"]), (pts2, outputs["conf2"]))
+        parts = [
+            losses.laplace_kl(
+                batch[f"teacher_pts{v}"].float(), batch[f"teacher_conf{v}"].float(), pts, conf, self.distill.T
+            )
+            for v, (pts, conf) in enumerate(student, start=1)
+        ]
+        return torch.stack(parts).sum()
+
+    def adapters(self) -> nn.ModuleDict:
+        """One linear map for encoder and one for decoder states, starting as the identity."""
+        config = self.teacher().config
+        maps = {"enc": nn.Linear(config["enc_embed_dim"], config["enc_embed_dim"])}
+        maps["dec"] = nn.Linear(config["dec_embed_dim"], config["dec_embed_dim"])
+        for layer in maps.values():
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        return nn.ModuleDict(maps)
+
+    # ------------------------------------------------------------------ evaluation
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str, full: bool = False) -> dict[str, Tensor]:
+        """Every pair's metrics, (pairs,) each, on a fixed split; `full` adds chamfer, which is slow."""
+        parts: list[dict[str, Tensor]] = []
+        full = full or self.primary == "chamfer"
+        for batch in self._fixed_pairs(split):
+            out = self.forward(model, batch)
+            true = batch["points"]
+            parts.append(metrics.per_pair(out["pts1"], out["pts2"], true[:, 0], true[:, 1], chamfer=full))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _fixed_pairs(self, split: str) -> list[Batch]:
+        if split not in self._fixed:
+            count = self.workload.test_pairs if split == "test" else self.workload.val_pairs
+            self._fixed[split] = [self.scene_pairs(split, scenes) for scenes in torch.split(torch.arange(count), 32)]
+        return self._fixed[split]
+
+    def deployed(self, model: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, ...]], list[str], list[str]]:
+        """Two images in, pointmaps and confidences out; the inputs are the workload's sampled pairs, batch 1."""
+        assert isinstance(model, DUSt3R)
+        images = pairs.images(self.workload).float() / 127.5 - 1
+        inputs: list[tuple[Tensor, ...]] = [(pair[:1], pair[1:]) for pair in images]
+        return Deployed(model).eval(), inputs, ["img1", "img2"], ["pts1", "conf1", "pts2", "conf2"]
+
+
+class Deployed(nn.Module):
+    """The model as it is used: two images (B, 3, H, W) in [-1, 1] -> pts1, conf1, pts2, conf2."""
+
+    def __init__(self, model: DUSt3R) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, img1: Tensor, img2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pointmaps in the first camera's frame."""
+        return self.model.pointmaps(img1, img2)
+
+
+def _normalised(outputs: Outputs) -> tuple[Tensor, Tensor]:
+    valid = torch.ones(outputs["pts1"].shape[:3], dtype=torch.bool, device=outputs["pts1"].device)
+    pts1, pts2, _ = losses.normalise_pointmaps(outputs["pts1"], outputs["pts2"], valid, valid)
+    return pts1, pts2
+
+
+def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if path.suffix != ".safetensors":
+        content = checkpoint.load(path, "model")
+        if "config" not in content or "model" not in content:
+            keys = ", ".join(map(str, list(content)[:5]))
+            raise InputError(f"{path}: expected the keys 'model' and 'config', found {keys}")
+        return content["config"], content["model"]
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"model {path} cannot be read ({error}); it is missing or truncated") from None
+    if "config" not in header:
+        raise InputError(f"{path}: its header holds no 'config', so the architecture is unknown")
+    return json.loads(header["config"]), weights

@@ -1,0 +1,49 @@
+"""Pretrain: a Ray trainable that trains a domain's small teacher from scratch on fresh samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainables.domain import Batch, make_domain
+from trainables.training import Training
+
+
+class Pretrain(Training):
+    """Every epoch draws scenes never seen before; each scene is used in both directions of its pair."""
+
+    def build(self) -> None:
+        """The teacher's architecture with fresh weights."""
+        self.domain = make_domain(self.config["domain"], self.settings, self.config["params"], self.seed)
+        model = self.domain.new_teacher()
+        self.model, self.trained = model, nn.ModuleList([model])
+
+    @property
+    def lower_is_better(self) -> bool:
+        """As the domain's primary metric."""
+        return self.domain.lower_is_better
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Pairs of fresh scenes, half a batch of scenes for a batch of directed pairs."""
+        scenes = self.settings["batch_size"] // 2
+        first = (epoch - 1) * self.steps_per_epoch * scenes
+        for step in range(self.steps_per_epoch):
+            start = first + step * scenes
+            yield self.domain.pretraining_samples(torch.arange(start, start + scenes))
+
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The task loss over both directions."""
+        return self.domain.pretraining_loss(self.model, batch), {}
+
+    def validate(self) -> dict[str, float]:
+        """Means over the validation pairs."""
+        values = self.domain.evaluate(self.model, "val")
+        means = {f"val_{name}": float(value.mean()) for name, value in values.items()}
+        return {"val_quality": means[f"val_{self.domain.primary}"], **means}
+
+    def exported(self) -> dict[str, Any]:
+        """The plain model and its constructor's arguments."""
+        return self.domain.export(self.model)

@@ -1,0 +1,158 @@
+"""The epoch loop that every training trainable shares: optimiser, schedule, state on disk, best weights.
+
+A trainable owns its state directory: after each epoch the whole state (weights, optimiser, counters, best, random
+generators) replaces the earlier one atomically, and :meth:`Training.setup` goes on from whatever state it finds. So a
+killed worker, a lost node and a resumed sweep take the same path, and resumed equals uninterrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ray.tune import Trainable
+from torch import Tensor, nn
+
+from trainables import checkpoint, fast_linear
+
+Batch = dict[str, Tensor]
+
+
+def learning_rate(progress: float, peak: float, end: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of training, then a cosine from `peak` to `end` x `peak`."""
+    if progress < warmup:
+        return peak * progress / warmup
+    turn = (progress - warmup) / (1 - warmup)
+    return peak * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * min(turn, 1.0))))
+
+
+class Training(Trainable):
+    """One epoch per step. Subclasses give the model, the batches, the loss and the validation.
+
+    config: trial_id, state_dir, domain, params, settings, seed (all plain data; see sweeps/launch.py).
+    """
+
+    model: nn.Module
+    trained: nn.ModuleList  # the model and whatever else is trained with it
+
+    def build(self) -> None:
+        """Set self.model and self.trained from self.config."""
+        raise NotImplementedError
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """The batches of epoch 1, 2, ...; a function of the epoch alone, so that a resumed epoch sees the same."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise and its parts by name; progress is the share of training done, in [0, 1)."""
+        raise NotImplementedError
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of the present model on validation data; must hold 'val_quality'."""
+        raise NotImplementedError
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a lower val_quality is better."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ Ray's interface
+    def setup(self, config: dict[str, Any]) -> None:
+        """Build everything from `config`, then go on from the state directory if it holds a state."""
+        self.config = config
+        self.settings: dict[str, Any] = config["settings"]
+        self.folder = Path(config["state_dir"])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.seed = int(config["seed"])
+        self.epoch, self.best = 0, math.nan
+        torch.manual_seed(self.seed)
+        np.random.seed(self.seed % 2**32)
+        self.build()
+        fast_linear.install(self.trained)
+        self.steps_per_epoch = max(1, self.settings["pairs_per_epoch"] // self.settings["batch_size"])
+        self.optimizer = torch.optim.AdamW(
+            _weight_groups(self.trained, self.settings["weight_decay"]), lr=1.0, betas=(0.9, 0.95), fused=True
+        )
+        state = self.folder / "state.pt"
+        if state.exists():
+            self._restore(checkpoint.load(state, "state"))
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take over another trial in the same process (starting one costs seconds of imports)."""
+        self.setup(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train one epoch, validate, save. A restored trial that has run all its epochs only validates."""
+        started = time.perf_counter()
+        metrics: dict[str, float] = {}
+        if self.epoch < self.settings["epochs"]:
+            metrics = self._train()
+            self.epoch += 1
+        trained = time.perf_counter()
+        self.model.eval()
+        metrics |= self.validate()
+        quality = metrics["val_quality"]
+        better = math.isnan(self.best) or (quality < self.best if self.lower_is_better else quality > self.best)
+        if better and math.isfinite(quality):
+            self.best = quality
+            checkpoint.save(self.folder / "best.pth", self.exported())
+        checkpoint.save(self.folder / "state.pt", self._state())
+        metrics |= {"seconds_train": trained - started, "seconds_val": time.perf_counter() - trained}
+        return {"epoch": self.epoch, **metrics}
+
+    def exported(self) -> dict[str, Any]:
+        """What best.pth holds: the plain model, how to build it, and where it comes from."""
+        raise NotImplementedError
+
+    def _train(self) -> dict[str, float]:
+        self.model.train()
+        total, waited = self.settings["epochs"] * self.steps_per_epoch, 0.0
+        sums: dict[str, float] = {}
+        step, mark = self.epoch * self.steps_per_epoch, time.perf_counter()
+        for batch in self.batches(self.epoch + 1):
+            waited += time.perf_counter() - mark
+            rate = learning_rate(
+                (step + 1) / total, self.settings["lr"], self.settings["lr_end"], self.settings["lr_warmup"]
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            loss, parts = self.loss(batch, step / total)
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
+            self.optimizer.step()
+            for name, value in {"loss": loss, **parts}.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            step, mark = step + 1, time.perf_counter()
+        means = {f"train_{name}": value / self.steps_per_epoch for name, value in sums.items()}
+        return {**means, "lr": rate, "seconds_data": waited}
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "best": self.best,
+            "trained": self.trained.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": checkpoint.rng_states(),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.epoch, self.best = state["epoch"], state["best"]
+        self.trained.load_state_dict(state["trained"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore_rng(state["rng"])
+
+
+def _weight_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices are decayed; biases, norms and single vectors are not (as the reference trains)."""
+    weights = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
