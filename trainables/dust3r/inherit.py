@@ -54,12 +54,16 @@ def student_config(teacher_config: dict[str, Any], depth: float, heads: float, f
         new[f"{side}_head_dim"] = old.head_width(side)
         new[f"{side}_mlp_hidden"] = hidden if ffn == 1 else min(hidden, 8 * _share(hidden / 8, ffn))
     if old.head_type == "dpt":
-        # Position 0 of the decoder's list is the encoder's output; position i + 1 holds what layer i leaves.
-        reached = [0, *_ends(old.dec_depth, new["dec_depth"])]
-        new["hooks"] = tuple(
-            min(range(len(reached)), key=lambda i: abs(reached[i] - h)) for h in old.head_hooks
-        )
+        new["hooks"] = tuple(_hook(h, _ends(old.dec_depth, new["dec_depth"])) for h in old.head_hooks)
     return dataclasses.replace(old, **new).to_data()
+
+
+def _hook(position: int, ends: list[int]) -> int:
+    """Where a student's head finds the teacher's `position` in the list [encoder output, layer 1, ..., layer n].
+
+    ends: the teacher's position for each of the student's layers.
+    """
+    return 0 if position == 0 else 1 + min(range(len(ends)), key=lambda i: abs(ends[i] - position))
 
 
 def _share(count: float, ratio: float) -> int:
@@ -88,9 +92,7 @@ def inherit(teacher: DUSt3R, student: DUSt3R, images: Tensor) -> None:
     old, new = Config(**teacher.config), Config(**student.config)
     _check(old, new, images)
     state, target = teacher.state_dict(), student.state_dict()
-    if all(name in state and state[name].shape == t.shape for name, t in target.items()) and len(
-        state
-    ) == len(target):
+    if all(name in state and state[name].shape == t.shape for name, t in target.items()) and len(state) == len(target):
         student.load_state_dict(state)
         return
     shared = {name: t for name, t in state.items() if "_blocks" not in name}
@@ -121,9 +123,7 @@ def inherit(teacher: DUSt3R, student: DUSt3R, images: Tensor) -> None:
         head, cut = getattr(teacher, name), getattr(student, name)
         if isinstance(cut, LinearHead):
             norm = teacher.dec_norm
-            _refit(
-                cut.proj, ((norm(x[view]), head.proj(norm(t[view]))) for x, t in zip(own, truth, strict=True))
-            )
+            _refit(cut.proj, ((norm(x[view]), head.proj(norm(t[view]))) for x, t in zip(own, truth, strict=True)))
 
 
 def _check(old: Config, new: Config, images: Tensor) -> None:
@@ -134,22 +134,16 @@ def _check(old: Config, new: Config, images: Tensor) -> None:
 
     def sizes(config: Config) -> dict[str, int]:
         counts = {
-            f"{s}_{part}": getattr(config, f"{s}_{part}")
-            for s in ("enc", "dec")
-            for part in ("depth", "num_heads")
+            f"{s}_{part}": getattr(config, f"{s}_{part}") for s in ("enc", "dec") for part in ("depth", "num_heads")
         }
         return counts | {f"{s}_mlp_hidden": config.mlp_hidden(s) for s in ("enc", "dec")}
 
     bad = [f"{k}={v!r} (teacher {same(old)[k]!r})" for k, v in same(new).items() if v != same(old)[k]]
     bad += [f"{k}={v} (teacher {sizes(old)[k]})" for k, v in sizes(new).items() if v > sizes(old)[k]]
     if bad:
-        raise InputError(
-            f"student is not a cut form of its teacher: {', '.join(bad)}; make it by student_config"
-        )
+        raise InputError(f"student is not a cut form of its teacher: {', '.join(bad)}; make it by student_config")
     if images.ndim != 5 or not len(images) or images.shape[1:3] != (2, 3):
-        raise InputError(
-            f"calibration images {tuple(images.shape)} must be pairs (n, 2, 3, H, W), n at least 1"
-        )
+        raise InputError(f"calibration images {tuple(images.shape)} must be pairs (n, 2, 3, H, W), n at least 1")
 
 
 def _embed(model: DUSt3R, pairs: Tensor) -> Tensor:
@@ -209,9 +203,7 @@ def _update(block: Any, part: str, x: Tensor, other: Tensor, at: Positions) -> T
 
 
 def _advance(blocks: Sequence[nn.Module], part: str, x: Streams, entered: Streams, at: Positions) -> Streams:
-    return tuple(
-        s + _update(b, part, s, entered[-1 - v], at) for v, (b, s) in enumerate(zip(blocks, x, strict=True))
-    )
+    return tuple(s + _update(b, part, s, entered[-1 - v], at) for v, (b, s) in enumerate(zip(blocks, x, strict=True)))
 
 
 def _layer(blocks: Sequence[nn.Module], x: Streams, at: Positions) -> Streams:
