@@ -112,9 +112,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
 
@@ -198,9 +196,7 @@ def _scan(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 torn = torn or number
             elif torn:
                 # Dropping everything from here on would throw away good work: a person must look.
-                raise InputError(
-                    f"{path}: line {torn} is damaged, but good lines follow; expected one event per line"
-                )
+                raise InputError(f"{path}: line {torn} is damaged, but good lines follow; expected one event per line")
             else:
                 end += len(line)
                 yield event, end

@@ -113,9 +113,7 @@ class Mirror:
             self._client = self._connect()
         if over:
             self._dirty |= dict.fromkeys([None, *self.state.trials])
-        for key in sorted(
-            self._dirty, key=lambda key: key is not None
-        ):  # children name their parent: it is first
+        for key in sorted(self._dirty, key=lambda key: key is not None):  # children name their parent: it is first
             self._send(self._client, key, over)
             del self._dirty[key]
         for path, key in list(self._files):
@@ -203,9 +201,7 @@ class Mirror:
             run.refused = True  # the next start looks again and sends everything
             self.problems[key] = f"MLflow refuses {content.name(self.state, trial)}: {error.message}"
 
-    def _create(
-        self, client: MlflowClient, run: _Run, key: str | None, name: str, tags: dict[str, str]
-    ) -> None:
+    def _create(self, client: MlflowClient, run: _Run, key: str | None, name: str, tags: dict[str, str]) -> None:
         if run.uncertain:
             wanted = f" and tags.trial_id = '{key}'" if key else " and tags.role = 'sweep'"
             for _, known in self._search(client, wanted):
@@ -231,20 +227,13 @@ class Mirror:
             del run.points[: len(points)], new_params[: len(pairs)], new_tags[: len(names)]
 
     def _send_file(self, client: MlflowClient, path: str, key: str | None) -> None:
-        from mlflow.exceptions import MlflowException
-
         local, run = self.journal.parent / path, self._runs[key]
         if not run.run_id:
             run = self._runs[None]  # a file of a trial that has no run yet
         try:
             client.log_artifact(run.run_id, str(local))
-        except (MlflowException, OSError) as error:
-            code = getattr(error, "error_code", None)
-            outage = (
-                code not in _REFUSED if code else not isinstance(error, FileNotFoundError | PermissionError)
-            )
-            if outage:
-                raise
+        except Exception as error:  # artifact stores raise what they like
+            client.get_experiment(self._experiment)  # raises, and so asks for another try, in an outage
             self.problems[path] = f"{local} was not logged: {error}"
 
 
@@ -360,6 +349,4 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stderr.flush()
-    os._exit(
-        status
-    )  # everything is on disk; tearing down what MLflow imported would cost the driver a second
+    os._exit(status)  # everything is on disk; tearing down what MLflow imported would cost the driver a second

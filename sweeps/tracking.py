@@ -76,9 +76,7 @@ def check_reachable(uri: str, timeout_s: float = 5.0) -> None:
             socket.create_connection(address, timeout_s).close()
         except (OSError, ValueError) as error:
             where = f"{kind}://{parts.hostname}"  # the whole address may hold a password
-            raise InputError(
-                f"{where}: no database answers ({error}); start it, or give --tracking-uri"
-            ) from None
+            raise InputError(f"{where}: no database answers ({error}); start it, or give --tracking-uri") from None
     else:
         raise InputError(f"tracking address {uri!r}: expected {_KINDS}")
 
@@ -94,9 +92,7 @@ def _check_file(path: Path) -> None:
         elif not os.access(path.parent, os.W_OK):
             raise InputError(f"{path.parent}: cannot be written, expected a folder for the MLflow database")
     except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}; expected a writable file for the MLflow database"
-        ) from None
+        raise InputError(f"{path}: {error.strerror}; expected a writable file for the MLflow database") from None
 
 
 def _check_server(uri: str, timeout_s: float) -> None:

@@ -15,9 +15,7 @@ from hypothesis import given, settings
 from engines.errors import InputError
 from sweeps.journal import Journal, SweepState, read_events
 
-HEADER = dict(
-    sweep_id="s1", name="k", stage="K", domain="dust3r", profile="demo", config_hash="c", workload_hash="w"
-)
+HEADER = dict(sweep_id="s1", name="k", stage="K", domain="dust3r", profile="demo", config_hash="c", workload_hash="w")
 TRIAL = dict(exp_id="K_a_run1", task_id="K-1", role="trial", params={"T": 3.0, "note": "a"}, saves=None)
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,9 +27,7 @@ def write_example(folder):
         for trial in ("a", "b"):
             journal.append("trial", trial_id=trial, **TRIAL)
             for epoch in (1, 2):
-                journal.append(
-                    "result", trial_id=trial, epoch=epoch, metrics={"val_drop": 0.1 / epoch, "ü": 1.0}
-                )
+                journal.append("result", trial_id=trial, epoch=epoch, metrics={"val_drop": 0.1 / epoch, "ü": 1.0})
         journal.append("stop", trial_id="a", epoch=2, reason="completed", detail="")
         journal.append("record", trial_id="a", record={"exp_id": "K_a_run1", "notes": "NaN", "drop": None})
         journal.append("failed", trial_id="b", error="worker died")
@@ -46,9 +42,7 @@ def test_replay_gives_the_state(tmp_path):
     assert state.header["sweep_id"] == "s1" and state.header["settings"] == {"lr": 0.001}
     a, b = state.trials["a"], state.trials["b"]
     assert a.drops == [0.1, 0.05] and a.epoch == 2 and a.params == TRIAL["params"]
-    assert (
-        a.stop == (2, "completed", "") and a.record["notes"] == "NaN"
-    )  # a record holds no floats in disguise
+    assert a.stop == (2, "completed", "") and a.record["notes"] == "NaN"  # a record holds no floats in disguise
     assert b.error == "worker died" and b.record is None and b.stop is None
     assert state.files == [("files/x.png", None)] and state.ended is None
     first = json.loads((tmp_path / "s" / "journal.jsonl").read_text().splitlines()[0])

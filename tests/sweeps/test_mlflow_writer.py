@@ -32,8 +32,7 @@ def test_replaying_changes_nothing(storage, paper):
 
     def state():
         return {
-            key: (run.info.run_id, paper.steps_of(uri, run, "train_loss"))
-            for key, run in paper.runs_of(uri).items()
+            key: (run.info.run_id, paper.steps_of(uri, run, "train_loss")) for key, run in paper.runs_of(uri).items()
         }
 
     before = state()
@@ -43,9 +42,7 @@ def test_replaying_changes_nothing(storage, paper):
     (sweep.folder / "tracked.json").unlink()
     mirrored(sweep, uri)
     assert state() == before
-    assert (
-        len(paper.steps_of(uri, paper.runs_of(uri)["n"])) == 1
-    )  # NaN is not equal to itself, yet the same point
+    assert len(paper.steps_of(uri, paper.runs_of(uri)["n"])) == 1  # NaN is not equal to itself, yet the same point
 
 
 def test_a_mirror_that_died_between_any_two_calls_leaves_no_gap_and_no_double(storage, paper, monkeypatch):
