@@ -101,9 +101,7 @@ def _check_token() -> None:
     try:
         found = path.read_text().strip()
     except OSError as error:
-        raise InputError(
-            f"--address: no cluster token in {path} ({error.strerror}); {HOW_TO_TOKEN}"
-        ) from error
+        raise InputError(f"--address: no cluster token in {path} ({error.strerror}); {HOW_TO_TOKEN}") from error
     if not found:
         raise InputError(f"--address: the token file {path} is empty; {HOW_TO_TOKEN}")
 

@@ -71,17 +71,22 @@ def write_files(sweep: Sweep, ledger: Ledger, resolved: Resolved) -> Choice:
         text = json.dumps(_log(ledger, choice), indent=1, allow_nan=False)
         _put(files / sweep.log, lambda path: path.write_text(text))
         ledger.append("file", path=f"files/{sweep.log}", trial_id=None)
+    for trial in ledger.state.trials.values():
+        if sweep.baseline and trial.role == "teacher" and trial.record:
+            record = Record.from_dict(trial.record).to_json()
+            _put(files / sweep.baseline, partial(Path.write_text, data=record))
+            ledger.append("file", path=f"files/{sweep.baseline}", trial_id=trial.trial_id)
     rows = [Record.from_dict(trial.record) for trial in ledger.state.trials.values() if trial.record]
     write_csv(files / "result_table.csv", rows)
     ledger.append("file", path="files/result_table.csv", trial_id=None)
     return choice
 
 
-def write_workload(ledger: Ledger, resolved: Resolved) -> None:
-    """workload.yaml with the protocol and its hash, so that a result can be measured again elsewhere."""
+def write_workload(ledger: Ledger, resolved: Resolved, sampled: Mapping[str, Any]) -> None:
+    """workload.yaml: the protocol, its hash, and the pairs that follow from it, so that others can measure the same."""
     if WORKLOAD.name in resolved.models:
-        data = {"workload_hash": resolved.workload_hash, **resolved.workload}
-        text = yaml.safe_dump(data, sort_keys=False)
+        data = {"workload_hash": resolved.workload_hash, **resolved.workload, **sampled}
+        text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
         _put(ledger.folder / WORKLOAD.name, lambda path: path.write_text(text))
 
 
@@ -166,8 +171,5 @@ def _drop_cell(record: Mapping[str, Any]) -> str:
 def show_times(console: Console, seconds: Mapping[str, float]) -> None:
     """Wall time by phase, with each one's share."""
     total = sum(seconds.values())
-    parts = [
-        f"{name} {duration(spent)} ({100 * spent / max(total, 1e-9):.0f} %)"
-        for name, spent in seconds.items()
-    ]
+    parts = [f"{name} {duration(spent)} ({100 * spent / max(total, 1e-9):.0f} %)" for name, spent in seconds.items()]
     console.print(f"Wall time {duration(total)}: " + ", ".join(parts), soft_wrap=True, highlight=False)

@@ -18,6 +18,8 @@ from sweeps.training import rule_of
 def show(sweep: Sweep, planned: Sequence[Planned], resolved: Resolved, folder: Path, samples: int) -> None:
     """Print trials, files and cost."""
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)
     rule = rule_of(sweep, resolved.values)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("task", "exp_id", "trial_id", "parameters", "saves"):
@@ -36,9 +38,7 @@ def show(sweep: Sweep, planned: Sequence[Planned], resolved: Resolved, folder: P
     work = f"at most {trials} trials x {rule.max_evals} epochs"
     if pairs:
         work += f" x {pairs} pairs = {trials * rule.max_evals * pairs:,} pairs"
-    console.print(
-        f"Training: {work}; {_time(folder.parent, resolved, trials, rule.max_evals)}", soft_wrap=True
-    )
+    console.print(f"Training: {work}; {_time(folder.parent, resolved, trials, rule.max_evals)}", soft_wrap=True)
 
 
 def _time(storage: Path, resolved: Resolved, trials: int, epochs: int) -> str:
@@ -50,9 +50,7 @@ def _time(storage: Path, resolved: Resolved, trials: int, epochs: int) -> str:
         settings = state.header.get("settings", {})
         if all(settings.get(key) == resolved.values.get(key) for key in size):
             for trial in state.trials.values():
-                seconds += [
-                    metrics["epoch_s"] for _, metrics in trial.results if metrics.get("epoch_s", 0) > 0
-                ]
+                seconds += [metrics["epoch_s"] for _, metrics in trial.results if metrics.get("epoch_s", 0) > 0]
     if not seconds:
         return f"time unknown: no sweep of this size was run in {storage} yet"
     mean = sum(seconds) / len(seconds)

@@ -41,9 +41,7 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--address", metavar="HOST:PORT", help="a running Ray cluster, or `auto`; default: this machine alone"
-    )
+    add("--address", metavar="HOST:PORT", help="a running Ray cluster, or `auto`; default: this machine alone")
     add("--profile", choices=PROFILES, default="small", help="scale of everything (default: %(default)s)")
     add(
         "--search",
@@ -78,9 +76,7 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
 def _samples(search: str, samples: int | None, searchable: bool) -> int:
     if search == "grid":
         if samples is not None:
-            raise InputError(
-                f"--samples {samples}: only --search optuna takes samples; add it or drop --samples"
-            )
+            raise InputError(f"--samples {samples}: only --search optuna takes samples; add it or drop --samples")
         return 0
     if not searchable:
         raise InputError("--search optuna: this sweep has no search space; use --search grid")

@@ -1,19 +1,18 @@
 """P1, K-only: distil a lighter student over temperature and beta schedule; a student may lose at most 1 %.
 
-    python sweeps/k_grid.py --profile demo                       # minutes on a laptop
-    python sweeps/k_grid.py                                      # the plan's 30 epochs at CPU scale
-    python sweeps/k_grid.py --search optuna --samples 20         # search beyond the plan's three trials
-    python sweeps/k_grid.py --set epochs=5 --set lr=3e-4         # change settings for one run
-    python sweeps/k_grid.py --resume                             # go on after an interruption
-    python sweeps/k_grid.py --address auto --profile full        # a GPU cluster
+python sweeps/k_grid.py --profile demo                       # minutes on a laptop
+python sweeps/k_grid.py                                      # the plan's 30 epochs at CPU scale
+python sweeps/k_grid.py --search optuna --samples 20         # search beyond the plan's three trials
+python sweeps/k_grid.py --set epochs=5 --set lr=3e-4         # change settings for one run
+python sweeps/k_grid.py --resume                             # go on after an interruption
+python sweeps/k_grid.py --address auto --profile full        # a GPU cluster
 """
-
-from trainables.distill import Distill
 
 from sweeps.launch import main
 from sweeps.settings import DISTILL, WORKLOAD
 from sweeps.spec import Gate, Sweep, Trial, constant, linear, loguniform, one_of, step, uniform
 from trainables import evaluate
+from trainables.distill import Distill
 
 EVEN = Gate("late_rise", at_most=2)  # no late validation worse than the best by twice the interval
 

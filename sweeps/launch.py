@@ -167,13 +167,14 @@ def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Cl
     progress = Progress(console, rule_of(sweep, values).max_evals)
     clock.mark("set-up")
     with progress.show():
+        sampled = {}
         if sweep.measure:
-            prepare(bench, sweep.measure, progress)
+            sampled = prepare(bench, sweep.measure, progress)
             clock.mark("teacher's outputs")
         ledger.begin(order.header, order.command)
         ledger.add(order.planned)
         progress.watch(ledger.state.trials)
-        deliver.write_workload(ledger, order.resolved)
+        deliver.write_workload(ledger, order.resolved, sampled)
         with contextlib.closing(Tracker(ledger.journal.path, order.tracking_uri)) as tracker:
             tracker.start()
             for batch in _batches(order, ledger, cluster.slots):

@@ -34,9 +34,7 @@ class Ledger:
         if resume and not known:
             others = sorted(path.parent.name for path in folder.parent.glob(f"*/{NAME}"))
             there = f"; there are {', '.join(others)}" if others else ""
-            raise InputError(
-                f"--resume: no sweep {folder.name} in {folder.parent}{there}; start it without --resume"
-            )
+            raise InputError(f"--resume: no sweep {folder.name} in {folder.parent}{there}; start it without --resume")
         if known and not resume:
             raise InputError(
                 f"{folder} already holds this sweep: add --resume to go on with it, or name another --storage"

@@ -45,6 +45,7 @@ class Bench:
             "seed": trial.seed if trial else self.common["seed"],
             "work_dir": str(self.ledger.folder / "work"),
             "cache_dir": str(self.cache_dir),
+            "trains": bool(self.sweep.trials or self.sweep.space),
         }
         if trial:
             weights = self.ledger.best_weights(trial.trial_id) if trial.role == "trial" else None
@@ -58,11 +59,16 @@ class Bench:
         return job
 
 
-def prepare(bench: Bench, measures: Measures, progress: Progress) -> None:
-    """Build what all trials share, alone on one node; InputError of the builder is passed on."""
+def prepare(bench: Bench, measures: Measures, progress: Progress) -> dict[str, Any]:
+    """Build what all trials share, alone on one node; what belongs into the workload's file (its pairs).
+
+    InputError of the builder is passed on.
+    """
     Path(bench.job(None)["work_dir"]).mkdir(parents=True, exist_ok=True)
     with progress.phase("preparing what all trials share"):
-        _raise(_wait([_alone(bench.cluster).remote(measures.prepare, bench.job(None))])[0])
+        found = _wait([_alone(bench.cluster).remote(measures.prepare, bench.job(None))])[0]
+    _raise(found)
+    return dict(found)
 
 
 def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> None:

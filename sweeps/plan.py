@@ -100,9 +100,7 @@ def refuse_hidden(sweep: Sweep, overrides: Mapping[str, Any]) -> None:
     """InputError for a --set that no trial would ever see, because each sets that key itself."""
     for key in overrides:
         if sweep.trials and all(key in trial.params for trial in sweep.trials):
-            raise InputError(
-                f"--set {key}: every trial of this sweep sets {key} itself; change it in the script"
-            )
+            raise InputError(f"--set {key}: every trial of this sweep sets {key} itself; change it in the script")
 
 
 def label(params: Mapping[str, Any]) -> tuple[str, str]:

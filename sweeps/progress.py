@@ -119,9 +119,7 @@ class Progress:
         elif self._total:
             words.append(f"{self._done} of {self._total}" + (f" ({self._item})" if self._item else ""))
         if left is not None:
-            words.append(
-                f"about {duration(left)} left" + (" before measuring" if self._phase == "training" else "")
-            )
+            words.append(f"about {duration(left)} left" + (" before measuring" if self._phase == "training" else ""))
         return ", ".join(words)
 
     def _say(self, force: bool = False) -> None:

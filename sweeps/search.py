@@ -45,9 +45,7 @@ class Search:
         self._study.enqueue_trial(dict(params))
         return self._next()
 
-    def learn(
-        self, planned: Sequence[Planned], trials: Mapping[str, TrialState], settings: Mapping[str, Any]
-    ) -> None:
+    def learn(self, planned: Sequence[Planned], trials: Mapping[str, TrialState], settings: Mapping[str, Any]) -> None:
         """Start from the plan's own measured trials where they lie within the space."""
         for trial in planned:
             record = trials[trial.trial_id].record or {}

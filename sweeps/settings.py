@@ -19,12 +19,13 @@ from pydantic import BaseModel, ValidationError
 
 from engines.errors import InputError
 from sweeps.spec import SettingsFile
-from trainables.config import DistillSettings, WorkloadSettings
+from trainables.config import DistillSettings, PretrainSettings, WorkloadSettings
 from trainables.schedules import Schedule
 
 PROFILES = ("demo", "small", "full")
 WORKLOAD = SettingsFile("workload.yaml", WorkloadSettings)
 DISTILL = SettingsFile("distill.yaml", DistillSettings)
+PRETRAIN = SettingsFile("pretrain.yaml", PretrainSettings)
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,7 @@ def parse_set(items: Sequence[str]) -> dict[str, Any]:
             try:
                 values[key] = yaml.safe_load(text)
             except yaml.YAMLError:
-                problems.append(
-                    f"--set {item}: the value is not YAML, e.g. 3, 1.5e-4 or '{{linear: [0.5, 0.1]}}'"
-                )
+                problems.append(f"--set {item}: the value is not YAML, e.g. 3, 1.5e-4 or '{{linear: [0.5, 0.1]}}'")
     if problems:
         raise InputError("; ".join(problems))
     return values
@@ -115,9 +114,7 @@ def _read(file: SettingsFile, profile: str, problems: list[str]) -> dict[str, An
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise InputError(
-            f"{name}{line}: not YAML ({getattr(error, 'problem', None) or 'unreadable'})"
-        ) from error
+        raise InputError(f"{name}{line}: not YAML ({getattr(error, 'problem', None) or 'unreadable'})") from error
     if not isinstance(whole, dict) or not isinstance(whole.get("defaults"), dict):
         raise InputError(f"{name}: expected a mapping `defaults:` that holds every setting")
     for key in whole.keys() - {"defaults", "profiles"}:

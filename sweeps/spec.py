@@ -39,12 +39,15 @@ class Measures(Protocol):
     """What a sweep does beside training; the module `trainables.evaluate` is one. Every function runs as a
     Ray task.
 
-    A job is {"domain", "settings", "seed", "work_dir", "cache_dir", "threads"}; for the two measurements also
-    {"trial_id", "weights" (a path; None for the teacher), "params", "state_dir"}.
+    A job is {"domain", "settings", "seed", "work_dir", "cache_dir", "trains" (whether there are trials)}; for the
+    two measurements also {"trial_id", "weights" (a path; None for the teacher), "params", "state_dir"}.
     """
 
-    def prepare(self, job: Job) -> Any:
-        """Build what all trials share (the teacher's cached outputs) before the first one starts."""
+    def prepare(self, job: Job) -> dict[str, Any]:
+        """Build what all trials share (the teacher's cached outputs) before the first one starts.
+
+        Returns what workload.yaml shall list beside the protocol: the pairs that follow from it.
+        """
 
     def measure_quality(self, job: Job) -> dict[str, Any]:
         """Record fields of quality; several run at once."""
@@ -136,9 +139,7 @@ class Trial:
         gates: Sequence[Gate] = (),
         **params: Any,
     ) -> None:
-        plain = {
-            key: value.to_data() if isinstance(value, Schedule) else value for key, value in params.items()
-        }
+        plain = {key: value.to_data() if isinstance(value, Schedule) else value for key, value in params.items()}
         values = {
             "task_id": task_id,
             "saves": saves,
@@ -158,8 +159,9 @@ class Sweep:
 
     trainable: a Ray class trainable whose step() is one epoch. settings: the files that explain its
     parameters. measure: None for work that its last result describes completely. search_task: the task_id
-    of searched trials. best, log: names of the file with the best weights and of the file with all curves
-    and records. name: part of the sweep's name, by default the script's.
+    of searched trials. best, log, baseline: names of the file with the best weights, of the file with all
+    curves and records, and of the file with the teacher's record. name: part of the sweep's name, by default the
+    script's.
     """
 
     stage: str
@@ -174,12 +176,13 @@ class Sweep:
     epochs: int = 1
     best: str | None = None
     log: str | None = None
+    baseline: str | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
-        if not self.trials and not self.space:
-            raise InputError(f"sweep {self.stage}: expected trials or a search space, found neither")
-        saved = [name for name in (*(trial.saves for trial in self.trials), self.best, self.log) if name]
+        if not self.trials and not self.space and not self.measure:
+            raise InputError(f"sweep {self.stage}: expected trials, a search space or a measurement, found none")
+        saved = [name for name in (*(t.saves for t in self.trials), self.best, self.log, self.baseline) if name]
         for name in saved:
             if saved.count(name) > 1 or Path(name).name != name:
                 raise InputError(f"file {name!r} of sweep {self.stage}: expected a plain name, used once")

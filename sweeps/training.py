@@ -25,13 +25,14 @@ RETRIES = 3
 
 
 def rule_of(sweep: Sweep, values: Mapping[str, Any]) -> StopLossRule:
-    """The stop-loss rule that the settings describe; without any, a trial runs its epochs."""
+    """The stop-loss rule that the settings describe; without a gate, only divergence ends a trial early."""
     limit = sweep.gate.at_most if sweep.gate else None
-    keys = ("grace", "patience", "eta", "min_peers")
+    epochs = values.get("epochs", sweep.epochs)
+    given = {key: values[key] for key in ("grace", "patience", "eta", "min_peers") if key in values}
     return StopLossRule(
         budget=values.get("budget", limit if limit is not None else 0.01),
-        max_evals=values.get("epochs", sweep.epochs),
-        **{key: values[key] for key in keys if key in values},
+        max_evals=epochs,
+        **(given if sweep.gate else {"grace": epochs}),
     )
 
 
@@ -51,12 +52,20 @@ def train(
 ) -> None:
     """Train what is unfinished. A trial that raises is retried, then recorded as failed; the others go on."""
 
+    broken: list[OSError] = []  # Ray would take an exception of a scheduler for one of the trial
+
+    def journal(event: str, **fields: Any) -> None:
+        try:
+            ledger.append(event, **fields)
+        except OSError as error:
+            broken.append(error)
+
     def on_result(trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
-        ledger.append("result", trial_id=trial_id, epoch=epoch, metrics=metrics)
+        journal("result", trial_id=trial_id, epoch=epoch, metrics=metrics)
         progress.result(ledger.trial(trial_id))
 
     def on_stop(trial_id: str, epoch: int, reason: str, detail: str) -> None:
-        ledger.append("stop", trial_id=trial_id, epoch=epoch, reason=reason, detail=detail)
+        journal("stop", trial_id=trial_id, epoch=epoch, reason=reason, detail=detail)
         progress.stopped(ledger.trial(trial_id))
 
     histories = {key: trial.drops for key, trial in ledger.state.trials.items() if trial.results}
@@ -85,22 +94,25 @@ def train(
     ]
     for config in configs:
         Path(str(config["state_dir"])).mkdir(parents=True, exist_ok=True)
+    # A few trials more than slots would leave cores idle in the last wave: let them share the cores instead.
+    crowded = not cluster.gpus and cluster.slots < len(waiting) < 2 * cluster.slots
+    share = cluster.slots / len(waiting) if crowded else 1
     scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)
     try:
         tune.Tuner(
-            tune.with_resources(sweep.trainable, {"cpu": 1, "gpu": cluster.gpus}),
+            tune.with_resources(sweep.trainable, {"cpu": share, "gpu": cluster.gpus}),
             tune_config=tune.TuneConfig(
                 search_alg=_Queue(configs),
                 scheduler=scheduler,
                 num_samples=len(configs),
-                max_concurrent_trials=cluster.slots,
+                max_concurrent_trials=len(waiting) if crowded else cluster.slots,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
             ),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=scratch,
-                callbacks=[_Watch(ledger, progress)],
+                callbacks=[_Watch(ledger, progress, broken)],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 verbose=0,
@@ -152,8 +164,12 @@ class _Queue(Searcher):
 class _Watch(_Unsaved, Callback):
     """Tells the journal of trials that Ray gave up on, and the display of trials that start."""
 
-    def __init__(self, ledger: Ledger, progress: Progress) -> None:
-        self._ledger, self._progress = ledger, progress
+    def __init__(self, ledger: Ledger, progress: Progress, broken: list[OSError]) -> None:
+        self._ledger, self._progress, self._broken = ledger, progress, broken
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._broken:
+            raise self._broken[0]  # without its journal a sweep must not go on
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._progress.started(self._ledger.trial(trial.config["trial_id"]))

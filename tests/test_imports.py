@@ -78,6 +78,4 @@ def test_scripts_shadow_no_other_package() -> None:
 
 def test_records_and_gates_need_no_torch() -> None:
     for name in ("record", "gates"):
-        assert not any(
-            word.split(".")[0] == "torch" for word in imported((ROOT / f"trainables/{name}.py").read_text())
-        )
+        assert not any(word.split(".")[0] == "torch" for word in imported((ROOT / f"trainables/{name}.py").read_text()))

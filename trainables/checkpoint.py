@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from engines.errors import InputError
 
@@ -47,6 +49,15 @@ def load(path: Path, what: str = "checkpoint") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{what} {path} holds a {type(content).__name__}, expected a dictionary with 'model'")
     return content
+
+
+def model_hash(model: nn.Module) -> str:
+    """16 hex digits of the weights' names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def rng_states() -> dict[str, Any]:

@@ -93,3 +93,15 @@ class DistillSettings(Settings):
         if min(schedule.values) < 0:
             raise ValueError(f"weights {list(schedule.values)} of the schedule must be 0 or more")
         return schedule.to_data()
+
+
+class PretrainSettings(Settings):
+    """How a small teacher is trained from scratch."""
+
+    epochs: Count = 40
+    pairs_per_epoch: Count = 4096
+    batch_size: int = Field(32, ge=2, multiple_of=2)
+    lr: float = Field(1e-3, gt=0)
+    lr_end: float = Field(0.01, ge=0, le=1)
+    lr_warmup: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.05, ge=0)

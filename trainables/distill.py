@@ -7,15 +7,17 @@ share; adapters exist in training only.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainables import checkpoint
 from trainables.domain import Batch, make_domain
 from trainables.gates import drop
-from trainables.teacher_cache import TeacherCache, teacher_metrics
+from trainables.teacher_cache import TeacherCache, locked, teacher_metrics
 from trainables.training import Training
 
 
@@ -26,16 +28,27 @@ class Distill(Training):
         """The student as the trial's parameters say, its signals and the shared cache."""
         params = self.config["params"]
         self.settings = {**self.settings, **params}
-        self.domain = make_domain(self.config["domain"], self.config["settings"], params, self.seed)
+        make = partial(make_domain, self.config["domain"], self.config["settings"], params, self.seed)
+        self.domain = make()
         cache = Path(self.config["cache_dir"])
         self.signals = self.domain.signals()
         states = any(signal.name != "kl" for signal in self.signals)
-        self.cache = TeacherCache(cache, self.domain, self.settings["train_pairs"], states)
+        self.cache = TeacherCache(cache, make, self.settings["train_pairs"], states)
         reference = teacher_metrics(cache, self.domain, "val", full=False)
         self.reference = float(reference[self.domain.primary].mean())
-        self.model = self.domain.student()
+        self.model = self._student(cache)
         self.heads = self.domain.adapters() if states else nn.ModuleDict()
         self.trained = nn.ModuleList([self.model, self.heads])
+
+    def _student(self, cache: Path) -> nn.Module:
+        """The student to start from. Inheriting takes seconds and is the same for many trials: it is cached."""
+        if self.settings["init"] != "inherit" or (self.folder / "state.pt").exists():
+            return self.domain.student(inherit=False)
+        path = cache / f"inherited_{self.domain.student_id()}.pth"
+        with locked(cache / "inherit.lock"):
+            if not path.exists():
+                checkpoint.save(path, self.domain.export(self.domain.student(inherit=True)))
+        return self.domain.load(path)
 
     @property
     def lower_is_better(self) -> bool:

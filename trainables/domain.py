@@ -42,8 +42,11 @@ class Domain(Protocol):
     def teacher(self) -> nn.Module:
         """The frozen teacher in eval mode. InputError when the file named in the settings cannot serve."""
 
-    def student(self) -> nn.Module:
-        """A fresh student as the settings say (architecture, inherited or random weights)."""
+    def student(self, inherit: bool) -> nn.Module:
+        """A student of the settings' architecture, filled from the teacher or with random weights."""
+
+    def student_id(self) -> str:
+        """Changes whenever the inherited student would: teacher, ratios, code, calibration data."""
 
     def load(self, path: Path) -> nn.Module:
         """A model from a file that :meth:`export` filled. InputError names what is wrong with it."""
@@ -86,6 +89,9 @@ class Domain(Protocol):
 
     def evaluate(self, model: nn.Module, split: str, full: bool = False) -> dict[str, Tensor]:
         """Metrics per sample on a fixed split ('val' or 'test'); full adds the slow ones."""
+
+    def sampled(self) -> dict[str, Any]:
+        """The workload's own samples, on which latency is measured, as plain data for its file."""
 
     def deployed(self, model: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, ...]], list[str], list[str]]:
         """The module that is exported and timed, the workload's inputs for it, and names of inputs and outputs."""

@@ -7,6 +7,7 @@ latency alone on its device and interleaved with the teacher, so that the ratio 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,29 @@ from engines import footprint
 from engines.export import export_onnx
 from engines.latency import environment, interleaved
 from engines.runtimes import OnnxRuntime, TorchRuntime
+from trainables.checkpoint import model_hash
 from trainables.domain import Domain, make_domain
 from trainables.gates import paired_drop
 from trainables.schedules import Schedule
-from trainables.teacher_cache import TeacherCache, model_hash, teacher_metrics
+from trainables.teacher_cache import TeacherCache, teacher_metrics
 
 Job = dict[str, Any]
 
 
 def prepare(job: Job) -> dict[str, Any]:
-    """Fill the teacher cache and measure the teacher on validation data, before the first trial starts."""
+    """Fill the teacher cache and measure the teacher on validation data, before the first trial starts.
+
+    Returns the samples on which latency is measured, for the workload's file.
+    """
     torch.set_num_threads(1)
-    domain, settings = _domain(job), job["settings"]
-    teacher_metrics(Path(job["cache_dir"]), domain, "val", full=False)
-    states = any(Schedule.from_data(settings["gamma"]).values)
-    TeacherCache(Path(job["cache_dir"]), domain, settings["train_pairs"], states).build()
-    return {}
+    domain, settings, cache = _domain(job), job["settings"], Path(job["cache_dir"])
+    domain.teacher()
+    if job["trains"]:
+        teacher_metrics(cache, domain, "val", full=False)
+        states = any(Schedule.from_data(settings["gamma"]).values)
+        make = partial(_domain, job)
+        TeacherCache(cache, make, settings["train_pairs"], states).build(workers=int(environment()["cores"] or 1))
+    return domain.sampled()
 
 
 def measure_quality(job: Job) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.domain import Batch, make_domain
+from trainables.gates import drop
 from trainables.training import Training
 
 
@@ -42,7 +44,11 @@ class Pretrain(Training):
         """Means over the validation pairs."""
         values = self.domain.evaluate(self.model, "val")
         means = {f"val_{name}": float(value.mean()) for name, value in values.items()}
-        return {"val_quality": means[f"val_{self.domain.primary}"], **means}
+        quality = means[f"val_{self.domain.primary}"]
+        # There is no teacher to fall behind: a rise above its own best shows divergence, and nothing else stops it.
+        best = quality if math.isnan(self.best) else self.best
+        fall = drop(quality, best, self.domain.lower_is_better) if math.isfinite(quality) else math.nan
+        return {"val_drop": fall, "val_quality": quality, **means}
 
     def exported(self) -> dict[str, Any]:
         """The plain model and its constructor's arguments."""

@@ -10,10 +10,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,58 +24,54 @@ import torch
 from torch import Tensor, nn
 
 from engines.errors import InputError
+from trainables.checkpoint import model_hash
 from trainables.domain import Batch, Domain
 
 BLOCK = 256
 STATES = "teacher_state_"
 
 
-def model_hash(model: nn.Module) -> str:
-    """16 hex digits of the weights' names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 class TeacherCache:
     """`count` training samples with the teacher's outputs; hidden states only where a trial needs them."""
 
-    def __init__(self, folder: Path, domain: Domain, count: int, states: bool) -> None:
-        self.count, self.states = count, states
-        teacher = domain.teacher()
-        identity = f"{model_hash(teacher)}{domain.data_id()}{count}{'states' if states else ''}"
+    def __init__(self, folder: Path, make: Callable[[], Domain], count: int, states: bool) -> None:
+        """`make` builds the domain; it must pickle where several processes fill the cache."""
+        self.count, self.states, self._make = count, states, make
+        domain = make()
+        identity = f"{model_hash(domain.teacher())}{domain.data_id()}{count}{'states' if states else ''}"
         self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
-        self._domain, self._teacher = domain, teacher
         self._arrays: dict[str, np.ndarray] = {}
 
-    def build(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compute what is missing. InputError when the disk cannot hold it; progress(done, count) after each block."""
+    def build(self, workers: int = 1) -> None:
+        """Compute what is missing. InputError when the disk cannot hold it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / "lock"):
+        with locked(self.folder / "lock"):
             done = self._done()
-            for block in range(-(-self.count // BLOCK)):
-                if block in done:
-                    continue
-                rows = torch.arange(block * BLOCK, min((block + 1) * BLOCK, self.count))
-                batch = self._domain.samples("train", rows)
-                batch |= self._domain.teacher_outputs(self._teacher, batch)
-                if not self.states:
-                    batch = {key: value for key, value in batch.items() if not key.startswith(STATES)}
-                for name, array in self._open("r+", batch).items():
-                    array[rows[0] : rows[-1] + 1] = batch[name].numpy()
-                    array.flush()  # type: ignore[attr-defined]
-                done.append(block)
-                self._write_done(done)
-                progress(int(rows[-1]) + 1, self.count)
+            missing = [block for block in range(self._blocks) if block not in done]
+            if not missing:
+                return
+            fill = _Filler(self._make, self.folder, self.count, self.states)
+            if not done:
+                fill.allocate()
+            if workers == 1:
+                for block in map(fill, missing):
+                    self._write_done(done := [*done, block])
+                return
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, context, initializer=_start_filling, initargs=(fill,)) as pool:
+                for block in pool.map(_fill, missing):
+                    self._write_done(done := [*done, block])
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.count // BLOCK)
 
     def rows(self, indices: Tensor) -> Batch:
         """The samples `indices` (B,) as a batch."""
         if not self._arrays:
-            if len(self._done()) != -(-self.count // BLOCK):
+            if len(self._done()) != self._blocks:
                 self.build()
-            self._arrays = self._open("r", None)
+            self._arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
         order = indices.numpy()
         return {name: torch.from_numpy(array[order]) for name, array in self._arrays.items()}
 
@@ -85,29 +84,66 @@ class TeacherCache:
         temporary.write_text(json.dumps(done))
         os.replace(temporary, self.folder / "done.json")
 
-    def _open(self, mode: str, batch: Batch | None) -> dict[str, np.ndarray]:
-        if batch is None:
-            return {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
-        if not self._arrays:
-            missing = [name for name in batch if not (self.folder / f"{name}.npy").exists()]
-            size = sum(batch[name][0].numel() * batch[name].element_size() for name in missing) * self.count
-            free = shutil.disk_usage(self.folder).free
-            if size > 0.95 * free:
-                raise InputError(
-                    f"the teacher cache needs {size / 1e9:.1f} GB in {self.folder.parent}, which has "
-                    f"{free / 1e9:.1f} GB free: choose another --storage or a smaller train_pairs={self.count}"
-                )
-            for name in missing:
-                value = batch[name][:1].numpy()
-                np.lib.format.open_memmap(
-                    self.folder / f"{name}.npy", "w+", value.dtype, (self.count, *value.shape[1:])
-                )
-            self._arrays = {path.stem: np.load(path, mmap_mode="r+") for path in sorted(self.folder.glob("*.npy"))}
-        return self._arrays
+
+class _Filler:
+    """Computes one block of samples and writes it to the arrays of a cache folder; pickles to other processes."""
+
+    def __init__(self, make: Callable[[], Domain], folder: Path, count: int, states: bool) -> None:
+        self.make, self.folder, self.count, self.states = make, folder, count, states
+
+    def __call__(self, block: int) -> int:
+        rows = torch.arange(block * BLOCK, min((block + 1) * BLOCK, self.count))
+        for name, value in self._compute(rows).items():
+            array = np.load(self.folder / f"{name}.npy", mmap_mode="r+")
+            array[rows[0] : rows[-1] + 1] = value.numpy()
+            array.flush()
+        return block
+
+    def allocate(self) -> None:
+        """Create the arrays at full size, after a look at the free disk space."""
+        probe = {name: value[:1].numpy() for name, value in self._compute(torch.arange(1)).items()}
+        size, free = self.count * sum(value.nbytes for value in probe.values()), shutil.disk_usage(self.folder).free
+        if size > 0.95 * free:
+            raise InputError(
+                f"the teacher cache needs {size / 1e9:.1f} GB in {self.folder.parent}, which has "
+                f"{free / 1e9:.1f} GB free: choose another --storage or a smaller train_pairs={self.count}"
+            )
+        for name, value in probe.items():
+            path = self.folder / f"{name}.npy"
+            np.lib.format.open_memmap(path, "w+", value.dtype, (self.count, *value.shape[1:]))
+
+    @cached_property
+    def _models(self) -> tuple[Domain, nn.Module]:
+        torch.set_num_threads(1)
+        domain = self.make()
+        return domain, domain.teacher()
+
+    def _compute(self, rows: Tensor) -> Batch:
+        domain, teacher = self._models
+        batch = domain.samples("train", rows)
+        batch |= domain.teacher_outputs(teacher, batch)
+        return {name: value for name, value in batch.items() if self.states or not name.startswith(STATES)}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in vars(self).items() if key != "_models"}
+
+
+_filler: _Filler
+
+
+def _start_filling(filler: _Filler) -> None:
+    global _filler
+    _filler = filler
+
+
+def _fill(block: int) -> int:
+    return _filler(block)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file lock: what is computed inside is computed by one process at a time, on every node of the storage."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -119,7 +155,7 @@ def teacher_metrics(folder: Path, domain: Domain, split: str, full: bool) -> dic
     identity = f"{model_hash(teacher)}{domain.split_id(split)}{full}"
     path = folder / f"teacher_{split}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "metrics.lock"):
+    with locked(folder / "metrics.lock"):
         if not path.exists():
             values = {name: value.numpy() for name, value in domain.evaluate(teacher, split, full).items()}
             temporary = folder / f".{path.stem}.{os.getpid()}.npz"

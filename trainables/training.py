@@ -117,21 +117,25 @@ class Training(Trainable):
         step, mark = self.epoch * self.steps_per_epoch, time.perf_counter()
         for batch in self.batches(self.epoch + 1):
             waited += time.perf_counter() - mark
-            rate = learning_rate(
-                (step + 1) / total, self.settings["lr"], self.settings["lr_end"], self.settings["lr_warmup"]
-            )
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            loss, parts = self.loss(batch, step / total)
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
-            self.optimizer.step()
-            for name, value in {"loss": loss, **parts}.items():
+            for name, value in self.train_step(batch, step, total).items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
             step, mark = step + 1, time.perf_counter()
         means = {f"train_{name}": value / self.steps_per_epoch for name, value in sums.items()}
-        return {**means, "lr": rate, "seconds_data": waited}
+        return {**means, "lr": self.optimizer.param_groups[0]["lr"], "seconds_data": waited}
+
+    def train_step(self, batch: Batch, step: int, total: int) -> dict[str, Tensor]:
+        """One optimiser step, number `step` of `total`; the loss and its parts, on the graph's device."""
+        rate = learning_rate(
+            (step + 1) / total, self.settings["lr"], self.settings["lr_end"], self.settings["lr_warmup"]
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, parts = self.loss(batch, step / total)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
+        self.optimizer.step()
+        return {"loss": loss, **parts}
 
     def _state(self) -> dict[str, Any]:
         return {

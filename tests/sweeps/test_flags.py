@@ -16,15 +16,9 @@ def test_defaults() -> None:
 
 
 def test_everything_given() -> None:
-    words = (
-        "--address auto --profile full --search optuna --samples 7 --set lr=3e-4 --set epochs=3 --storage /s "
-    )
-    given = parse(
-        DOC, [*words.split(), "--tracking-uri", "http://h:5000", "--resume", "--dry-run", "--seed", "7"]
-    )
-    assert (
-        given.address == "auto" and given.samples == 7 and given.seed == 7 and given.resume and given.dry_run
-    )
+    words = "--address auto --profile full --search optuna --samples 7 --set lr=3e-4 --set epochs=3 --storage /s "
+    given = parse(DOC, [*words.split(), "--tracking-uri", "http://h:5000", "--resume", "--dry-run", "--seed", "7"])
+    assert given.address == "auto" and given.samples == 7 and given.seed == 7 and given.resume and given.dry_run
     assert given.overrides == {"lr": "3e-4", "epochs": 3} and given.storage == Path("/s")
     assert given.tracking_uri == "http://h:5000"
 

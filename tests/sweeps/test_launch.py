@@ -128,11 +128,7 @@ def test_mlflow_holds_every_run_once_and_none_is_left_running(faulty: tuple[Path
     runs = mlflow_runs(storage)
     assert len(runs) == 8
     assert "RUNNING" not in runs.values()
-    assert (
-        runs["T_good_run1"] == "FINISHED"
-        and runs["T_nan_run1"] == "KILLED"
-        and runs["T_raises_run1"] == "FAILED"
-    )
+    assert runs["T_good_run1"] == "FINISHED" and runs["T_nan_run1"] == "KILLED" and runs["T_raises_run1"] == "FAILED"
     assert mlflow_steps(storage, "T_good_run1") == [1, 2, 3, 4]
 
 
@@ -202,17 +198,13 @@ def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], toy: ModuleT
     assert not storage.exists()
 
 
-def test_resume_of_an_unknown_sweep(
-    capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path
-) -> None:
+def test_resume_of_an_unknown_sweep(capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path) -> None:
     said = refused(capsys, toy, "--resume", "--storage", str(tmp_path / "runs"))
     assert "no sweep toy_small_seed42" in said
     assert not (tmp_path / "runs" / NAME).exists()
 
 
-def test_storage_that_cannot_be_written(
-    capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path
-) -> None:
+def test_storage_that_cannot_be_written(capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("keep me")
     assert str(blocked) in refused(capsys, toy, "--storage", str(blocked))

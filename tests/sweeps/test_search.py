@@ -59,9 +59,7 @@ def test_a_resumed_search_asks_the_same() -> None:
     known = [again.again(trial.tags["search"]["params"]) for trial in batches[0]]
     again.tell([state(trial, value(trial)) for trial in known])
     rest = again.ask(4)
-    assert [trial.trial_id for trial in [*known, *rest]] == [
-        trial.trial_id for trial in batches[0] + batches[1]
-    ]
+    assert [trial.trial_id for trial in [*known, *rest]] == [trial.trial_id for trial in batches[0] + batches[1]]
 
 
 def test_trials_without_numbers_count_as_failed() -> None:

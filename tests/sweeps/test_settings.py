@@ -78,11 +78,7 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     assert "\n" not in said
     for part in ("epochs=0", "'rates': did you mean 'rate'", "rate='fast'", "'wort': did you mean 'word'"):
         assert part in said
-    assert (
-        "hugo" in said
-        and "'extra'" in said
-        and "--set epoch: unknown key 'epoch': did you mean 'epochs'?" in said
-    )
+    assert "hugo" in said and "'extra'" in said and "--set epoch: unknown key 'epoch': did you mean 'epochs'?" in said
 
 
 @pytest.mark.parametrize(
@@ -128,9 +124,7 @@ def test_the_workload_hash_follows_the_workload_alone() -> None:
 
 
 def test_flat_params_are_numbers() -> None:
-    flat = flat_params(
-        {"T": 3, "beta": {"step": [0.5, 0.7], "shares": [0.7, 0.3]}, "init": "scratch", "on": True}
-    )
+    flat = flat_params({"T": 3, "beta": {"step": [0.5, 0.7], "shares": [0.7, 0.3]}, "init": "scratch", "on": True})
     assert flat == {
         "T": 3,
         "beta": 0.5,

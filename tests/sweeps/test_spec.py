@@ -92,7 +92,7 @@ def test_files_of_a_sweep_must_differ_and_stay_in_its_folder() -> None:
     for names in (("a.pth", "a.pth"), ("../a.pth", "b.pth")):
         with pytest.raises(InputError, match="a.pth"):
             sweep(Trial("K-1", saves=names[0]), Trial("K-2", saves=names[1]))
-    with pytest.raises(InputError, match="trials or a search space"):
+    with pytest.raises(InputError, match="expected trials, a search space"):
         sweep()
 
 

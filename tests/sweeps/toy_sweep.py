@@ -62,8 +62,9 @@ class Toy(Trainable):
         return {"epoch": self.epoch, "val_drop": drop, "val_quality": 0.1 * (1 + drop)}
 
 
-def prepare(job: dict[str, Any]) -> None:
+def prepare(job: dict[str, Any]) -> dict[str, Any]:
     Path(job["cache_dir"]).mkdir(parents=True, exist_ok=True)
+    return {}
 
 
 def measure_quality(job: dict[str, Any]) -> dict[str, Any]:

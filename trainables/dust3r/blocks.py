@@ -109,9 +109,7 @@ class SelfAttention(nn.Module):
         packed = self.qkv(x).view(-1, at.tokens, 3 * h, self.head_dim)
         # Queries and keys sit on the same grid: one rotation turns both.
         qk = rotate(packed[:, :, : 2 * h], at, 2 * h, self.head_dim)
-        out: Tensor = self.proj(
-            attend(qk[:, :, :h], qk[:, :, h:], packed[:, :, 2 * h :], at, h, self.head_dim)
-        )
+        out: Tensor = self.proj(attend(qk[:, :, :h], qk[:, :, h:], packed[:, :, 2 * h :], at, h, self.head_dim))
         return out
 
 

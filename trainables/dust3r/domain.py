@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from engines.errors import InputError
 from trainables import checkpoint
+from trainables.checkpoint import model_hash
 from trainables.config import DistillSettings, WorkloadSettings
 from trainables.domain import Batch, Outputs, Signal
-from trainables.dust3r import inherit, losses, metrics, pairs, rooms
+from trainables.dust3r import inherit as inheritance
+from trainables.dust3r import losses, metrics, pairs, rooms
 from trainables.dust3r.model import DUSt3R, from_reference_config
 from trainables.schedules import Schedule
 
@@ -76,17 +78,23 @@ class Dust3r:
             )
         return model.eval().requires_grad_(False)
 
-    def student(self) -> DUSt3R:
-        """A student of the settings' depth, heads and FFN ratios; `inherit` fills it from the teacher."""
+    def student(self, inherit: bool) -> DUSt3R:
+        """A student of the settings' depth, heads and FFN ratios; with `inherit` filled from the teacher."""
         teacher = self.teacher()
         d = self.distill
         student = from_reference_config(
-            **inherit.student_config(teacher.config, depth=d.depth, heads=d.heads, ffn=d.ffn)
+            **inheritance.student_config(teacher.config, depth=d.depth, heads=d.heads, ffn=d.ffn)
         )
-        if d.init == "inherit":
+        if inherit:
             image = self.samples("train", torch.arange(CALIBRATION_PAIRS))["image"].float() / 127.5 - 1
-            inherit.inherit(teacher, student, image)
+            inheritance.inherit(teacher, student, image)
         return student
+
+    def student_id(self) -> str:
+        """Hash of the teacher's weights, the ratios, the inheriting code and the calibration pairs."""
+        d, code = self.distill, inspect.getsource(inheritance)
+        text = f"{model_hash(self.teacher())}{d.depth} {d.heads} {d.ffn}{code}{self.data_id()}{CALIBRATION_PAIRS}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def load(self, path: Path) -> DUSt3R:
         """A model from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
@@ -230,6 +238,10 @@ class Dust3r:
             count = self.workload.test_pairs if split == "test" else self.workload.val_pairs
             self._fixed[split] = [self.scene_pairs(split, scenes) for scenes in torch.split(torch.arange(count), 32)]
         return self._fixed[split]
+
+    def sampled(self) -> dict[str, Any]:
+        """The sampled edges of the test scenes' pair graphs."""
+        return {"pairs (scene, view, view)": [list(edge) for edge in pairs.sampled(self.workload)]}
 
     def deployed(self, model: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, ...]], list[str], list[str]]:
         """Two images in, pointmaps and confidences out; the inputs are the workload's sampled pairs, batch 1."""

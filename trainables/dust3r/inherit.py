@@ -32,7 +32,6 @@ Streams = tuple[Tensor, ...]
 
 _BATCH_TOKENS = 8192  # bounds memory: features of one batch are this many rows of float64
 _RIDGE = 1e-3  # of the mean feature power, towards the teacher's weights
-_REMOVAL_STEPS = 32
 
 
 def student_config(teacher_config: dict[str, Any], depth: float, heads: float, ffn: float) -> dict[str, Any]:
@@ -253,27 +252,24 @@ def _normal_equations(layer: nn.Linear, samples: Iterator[tuple[Tensor, Tensor]]
 
 
 def _survivors(gram: Tensor, cross: Tensor, group: int, keep: int) -> Tensor:
-    """Indices of the features in the `keep` groups of neighbours that remain after the cheapest removals."""
+    """Indices of the features in the `keep` groups of neighbours that remain after the cheapest removals.
+
+    One group at a time: of two equal features either can go, but not both.
+    """
     inverse = torch.linalg.inv(gram)
     weight = inverse @ cross
-    groups = (len(gram) - 1) // group
-    alive = torch.arange(groups, device=gram.device)
-    step = math.ceil((groups - keep) / _REMOVAL_STEPS) if group == 1 else 1
-    while len(alive) > keep:
-        index = (alive[:, None] * group + torch.arange(group, device=gram.device)).flatten()
-        rows = weight[index].view(len(alive), group, -1)
-        local = inverse[index.view(-1, group, 1), index.view(-1, 1, group)]
-        cost = (rows * torch.linalg.solve(local, rows)).sum((1, 2))
-        gone = cost.topk(min(step, len(alive) - keep), largest=False).indices
-        out = index.view(-1, group)[gone].flatten()
-        factor = torch.linalg.solve(inverse[out][:, out], torch.cat((inverse[out], weight[out]), 1))
+    index = torch.arange(len(gram) - 1, device=gram.device).view(-1, group)
+    while len(index) > keep:
+        local = inverse[index[:, :, None], index[:, None, :]]
+        rows = weight[index]
+        solved = rows / local if group == 1 else torch.linalg.solve(local, rows)
+        cheapest = int((rows * solved).sum((1, 2)).argmin())
+        out = index[cheapest]
         column = inverse[:, out]
-        weight = weight - column @ factor[:, len(gram) :]
-        inverse = inverse - column @ factor[:, : len(gram)]
-        left = torch.ones(len(alive), dtype=torch.bool, device=gram.device)
-        left[gone] = False
-        alive = alive[left]
-    return (alive[:, None] * group + torch.arange(group, device=gram.device)).flatten()
+        weight = weight - column @ solved[cheapest]
+        inverse = inverse - column @ torch.linalg.solve(local[cheapest], column.T)
+        index = torch.cat((index[:cheapest], index[cheapest + 1 :]))
+    return index.flatten()
 
 
 def _fit_part(block: Any, cut: Any, part: str, samples: Iterator[tuple[Tensor, Tensor]]) -> None:

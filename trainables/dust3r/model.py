@@ -228,9 +228,7 @@ class DUSt3R(nn.Module):
             list2.append(x2)
         return list1, list2
 
-    def _heads(
-        self, list1: list[Tensor], hw1: tuple[int, int], list2: list[Tensor], hw2: tuple[int, int]
-    ) -> Pointmaps:
+    def _heads(self, list1: list[Tensor], hw1: tuple[int, int], list2: list[Tensor], hw2: tuple[int, int]) -> Pointmaps:
         # Heads end in exponentials: single precision even where the transformer runs in half.
         with torch.autocast(list1[0].device.type, enabled=False):
             raw1 = self.downstream_head1([t.float() for t in list1], self._grid(hw1))
@@ -266,9 +264,7 @@ class DUSt3R(nn.Module):
         """pts1 (B, H, W, 3), conf1 (B, H, W), pts2, conf2: points in the first camera's frame, conf > 1."""
         return self.features(img1, img2)[0]
 
-    def forward(
-        self, view1: dict[str, Any], view2: dict[str, Any]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, view1: dict[str, Any], view2: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Views with key 'img' -> {'pts3d', 'conf'} and {'pts3d_in_other_view', 'conf'}."""
         pts1, conf1, pts2, conf2 = self.pointmaps(view1["img"], view2["img"])
         return {"pts3d": pts1, "conf": conf1}, {"pts3d_in_other_view": pts2, "conf": conf2}
