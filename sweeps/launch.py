@@ -144,7 +144,7 @@ def _execute(order: Order) -> int:
     except KeyboardInterrupt:
         return _interrupted(order, ledger, console)
     except Exception:
-        if ledger.state.header:
+        if ledger.begun:
             with contextlib.suppress(OSError):
                 ledger.append("end", status="interrupted")
         raise
@@ -274,7 +274,7 @@ def _hint(order: Order, ledger: Ledger) -> str:
 
 
 def _interrupted(order: Order, ledger: Ledger, console: Console) -> int:
-    if ledger.state.header:
+    if ledger.begun:
         ledger.append("end", status="interrupted")
         resume = order.command if order.given.resume else f"{order.command} --resume"
         console.print(f"\nInterrupted; nothing finished is lost. Go on with: {resume}", soft_wrap=True)

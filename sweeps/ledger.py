@@ -23,6 +23,7 @@ class Ledger:
     journal: Journal
     state: SweepState
     planned: dict[str, Planned] = field(default_factory=dict)
+    begun: bool = False  # whether this driver has written to the journal
     _searched: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -69,6 +70,7 @@ class Ledger:
 
     def begin(self, header: Mapping[str, Any], command: str) -> None:
         """The first line of a new sweep, or the mark of a resume."""
+        self.begun = True
         if self.state.header:
             self.append("resume", command=command)
         else:
