@@ -107,7 +107,9 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
     if bench.sweep.measure is None and state.results:
         own, more = _from_last_result(state)
         measured, extra = own | measured, more | extra
-    seconds = [metrics.get("epoch_s", math.nan) for _, metrics in state.results]
+    # On a shared core the clock also counts others' work: there the trainable's own CPU time is what a trial costs.
+    busy = "epoch_s" if bench.cluster.gpus else "cpu_s"
+    seconds = [metrics.get(busy, metrics.get("epoch_s", math.nan)) for _, metrics in state.results]
     hours = finite(sum(second for second in seconds if math.isfinite(second)) / 3600)
     values: dict[str, Any] = {
         **bench.common,

@@ -65,7 +65,7 @@ class DistillSettings(Settings):
 
     teacher: str = "shipped"
     epochs: Count = 30
-    pairs_per_epoch: Count = 4096
+    pairs_per_epoch: Count = 3072
     train_pairs: Count = 32768
     batch_size: Count = 32
     lr: float = Field(5e-4, gt=0)

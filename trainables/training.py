@@ -89,7 +89,7 @@ class Training(Trainable):
 
     def step(self) -> dict[str, Any]:
         """Train one epoch, validate, save. A restored trial that has run all its epochs only validates."""
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         metrics: dict[str, float] = {}
         if self.epoch < self.settings["epochs"]:
             metrics = self._train()
@@ -104,6 +104,7 @@ class Training(Trainable):
             checkpoint.save(self.folder / "best.pth", self.exported())
         checkpoint.save(self.folder / "state.pt", self._state())
         metrics |= {"seconds_train": trained - started, "seconds_val": time.perf_counter() - trained}
+        metrics["cpu_s"] = time.process_time() - cpu
         return {"epoch": self.epoch, **metrics}
 
     def exported(self) -> dict[str, Any]:

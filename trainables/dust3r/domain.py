@@ -227,13 +227,14 @@ class Dust3r:
         """Every pair's metrics, (pairs,) each, on a fixed split; `full` adds chamfer, which is slow."""
         parts: list[dict[str, Tensor]] = []
         full = full or self.primary == "chamfer"
-        for batch in self._fixed_pairs(split):
+        for batch in self.fixed_pairs(split):
             out = self.forward(model, batch)
             true = batch["points"]
             parts.append(metrics.per_pair(out["pts1"], out["pts2"], true[:, 0], true[:, 1], chamfer=full))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _fixed_pairs(self, split: str) -> list[Batch]:
+    def fixed_pairs(self, split: str) -> list[Batch]:
+        """The pairs of a fixed split (see :meth:`scene_pairs`), rendered once per process, 32 to a batch."""
         if split not in self._fixed:
             count = self.workload.test_pairs if split == "test" else self.workload.val_pairs
             self._fixed[split] = [self.scene_pairs(split, scenes) for scenes in torch.split(torch.arange(count), 32)]
