@@ -29,12 +29,26 @@ def save(path: Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error)
-        cause = "no space left on the device" if full else str(error).splitlines()[0]
+        if not isinstance(error, OSError | RuntimeError):
+            raise
         kept = "the earlier checkpoint is kept" if path.exists() else "there was no earlier checkpoint"
-        raise OSError(f"checkpoint {path} could not be written: {cause}; {kept}") from error
+        raise OSError(f"checkpoint {path} could not be written: {_cause(error)}; {kept}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """One line. A failed write leaves torch as a RuntimeError about file positions, raised after the OSError."""
+    first: BaseException | None = error
+    while first is not None:
+        error, first = (first if isinstance(first, OSError) else error), first.__context__
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "no space left on the device"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def load(path: Path, what: str = "checkpoint") -> dict[str, Any]:
@@ -44,8 +58,9 @@ def load(path: Path, what: str = "checkpoint") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0][:120]
-        raise InputError(f"{what} {path} cannot be read ({reason}); it is truncated or not a .pth file") from None
+        raise InputError(
+            f"{what} {path} cannot be read ({_first_line(error)[:120]}); it is truncated or not a .pth file"
+        ) from None
     if not isinstance(content, dict):
         raise InputError(f"{what} {path} holds a {type(content).__name__}, expected a dictionary with 'model'")
     return content

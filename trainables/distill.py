@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainables import checkpoint
 from trainables.domain import Batch, make_domain
 from trainables.gates import drop
-from trainables.teacher_cache import TeacherCache, locked, teacher_metrics
+from trainables.teacher_cache import TeacherCache, inherited, teacher_metrics
 from trainables.training import Training
 
 
@@ -41,14 +40,10 @@ class Distill(Training):
         self.trained = nn.ModuleList([self.model, self.heads])
 
     def _student(self, cache: Path) -> nn.Module:
-        """The student to start from. Inheriting takes seconds and is the same for many trials: it is cached."""
+        """The student to start from; a state that is about to be restored needs no inheritance."""
         if self.settings["init"] != "inherit" or (self.folder / "state.pt").exists():
             return self.domain.student(inherit=False)
-        path = cache / f"inherited_{self.domain.student_id()}.pth"
-        with locked(cache / "inherit.lock"):
-            if not path.exists():
-                checkpoint.save(path, self.domain.export(self.domain.student(inherit=True)))
-        return self.domain.load(path)
+        return inherited(cache, self.domain)
 
     @property
     def lower_is_better(self) -> bool:

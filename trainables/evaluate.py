@@ -24,7 +24,7 @@ from trainables.checkpoint import model_hash
 from trainables.domain import Domain, make_domain
 from trainables.gates import paired_drop
 from trainables.schedules import Schedule
-from trainables.teacher_cache import TeacherCache, teacher_metrics
+from trainables.teacher_cache import TeacherCache, inherited, teacher_metrics
 
 Job = dict[str, Any]
 
@@ -39,6 +39,8 @@ def prepare(job: Job) -> dict[str, Any]:
     domain.teacher()
     if job["trains"]:
         teacher_metrics(cache, domain, "val", full=False)
+        if settings["init"] == "inherit":
+            inherited(cache, domain)
         states = any(Schedule.from_data(settings["gamma"]).values)
         make = partial(_domain, job)
         TeacherCache(cache, make, settings["train_pairs"], states).build(workers=int(environment()["cores"] or 1))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.errors import InputError
+from trainables import checkpoint
 from trainables.checkpoint import model_hash
 from trainables.domain import Batch, Domain
 
@@ -163,3 +164,12 @@ def teacher_metrics(folder: Path, domain: Domain, split: str, full: bool) -> dic
             os.replace(temporary, path)
         with np.load(path) as file:
             return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def inherited(folder: Path, domain: Domain) -> nn.Module:
+    """The student filled from the teacher. That takes seconds and is the same for many trials: it is done once."""
+    path = folder / f"inherited_{domain.student_id()}.pth"
+    with locked(folder / "inherit.lock"):
+        if not path.exists():
+            checkpoint.save(path, domain.export(domain.student(inherit=True)))
+    return domain.load(path)

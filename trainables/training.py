@@ -70,6 +70,7 @@ class Training(Trainable):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.seed = int(config["seed"])
         self.epoch, self.best = 0, math.nan
+        self.unheard: dict[str, float] | None = None
         torch.manual_seed(self.seed)
         np.random.seed(self.seed % 2**32)
         self.build()
@@ -88,12 +89,16 @@ class Training(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train one epoch, validate, save. A restored trial that has run all its epochs only validates."""
+        """Train one epoch, validate, save.
+
+        A restored trial first says again what it last found: its driver may have died before it heard.
+        """
+        if self.unheard is not None:
+            metrics, self.unheard = self.unheard, None
+            return {"epoch": self.epoch, **metrics}
         started, cpu = time.perf_counter(), time.process_time()
-        metrics: dict[str, float] = {}
-        if self.epoch < self.settings["epochs"]:
-            metrics = self._train()
-            self.epoch += 1
+        metrics = self._train()
+        self.epoch += 1
         trained = time.perf_counter()
         self.model.eval()
         metrics |= self.validate()
@@ -102,9 +107,9 @@ class Training(Trainable):
         if better and math.isfinite(quality):
             self.best = quality
             checkpoint.save(self.folder / "best.pth", self.exported())
-        checkpoint.save(self.folder / "state.pt", self._state())
         metrics |= {"seconds_train": trained - started, "seconds_val": time.perf_counter() - trained}
         metrics["cpu_s"] = time.process_time() - cpu
+        checkpoint.save(self.folder / "state.pt", {**self._state(), "metrics": metrics})
         return {"epoch": self.epoch, **metrics}
 
     def exported(self) -> dict[str, Any]:
@@ -148,7 +153,7 @@ class Training(Trainable):
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.epoch, self.best = state["epoch"], state["best"]
+        self.epoch, self.best, self.unheard = state["epoch"], state["best"], state["metrics"]
         self.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         checkpoint.restore_rng(state["rng"])

@@ -1,0 +1,244 @@
+import json
+import os
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from engines.errors import InputError
+from trainables import teacher_cache
+from trainables.domain import make_domain
+from trainables.dust3r.domain import Dust3r
+from trainables.teacher_cache import TeacherCache, teacher_metrics
+
+# Builds a cache and notes each block that it computes; starts when the file `go` appears.
+BUILD = """
+import json, os, sys, time
+from functools import partial
+from pathlib import Path
+import torch
+from trainables import teacher_cache
+from trainables.dust3r.domain import Dust3r
+teacher_cache.BLOCK = 16
+folder, settings, count = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+class Noted(Dust3r):
+    def samples(self, split, indices):
+        with open(folder / "blocks.log", "a") as log:
+            log.write(f"{int(indices[0])} {len(indices)}\\n")
+        return super().samples(split, indices)
+cache = teacher_cache.TeacherCache(folder, partial(Noted, settings, 7), count, True)
+(folder / f"ready.{os.getpid()}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.01)
+cache.build()
+"""
+
+
+class Counted(Dust3r):
+    """Notes what is computed; `fails_at` interrupts that block."""
+
+    calls: list[list[int]] = []
+    fails_at = None
+
+    def samples(self, split, indices):
+        if int(indices[0]) == self.fails_at and len(indices) > 1:
+            raise KeyboardInterrupt
+        self.calls.append(indices.tolist())
+        return super().samples(split, indices)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(teacher_cache, "BLOCK", 16)
+    monkeypatch.setattr(Counted, "calls", [])
+    monkeypatch.setattr(Counted, "fails_at", None)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+
+
+def test_rows_are_what_the_teacher_says(tiny, tmp_path):
+    make = partial(Dust3r, tiny.settings(), 7)
+    cache = TeacherCache(tmp_path, make, 40, states=True)
+    cache.build()
+    domain = make()
+    fresh = {}
+    for block in torch.split(torch.arange(40), 16):
+        batch = domain.samples("train", block)
+        batch |= domain.teacher_outputs(domain.teacher(), batch)
+        for name, value in batch.items():
+            fresh.setdefault(name, []).append(value)
+    fresh = {name: torch.cat(parts) for name, parts in fresh.items()}
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    rows = cache.rows(order)
+    assert rows.keys() == fresh.keys()
+    assert {"image", "points", "teacher_pts1", "teacher_conf2", "teacher_state_enc1"} <= rows.keys()
+    assert all(tiny.same(value, fresh[name][order]) for name, value in rows.items())
+    assert tiny.same(cache.rows(torch.tensor([3, 3]))["image"][1], fresh["image"][3])
+
+
+def test_halves_are_within_their_rounding(tiny, tmp_path):
+    """Half precision rounds to 11 bits: relative error 2^-11, below 2^-14 absolute 2^-25."""
+    make = partial(Dust3r, tiny.settings(), 7)
+    rows = TeacherCache(tmp_path, make, 20, states=True).rows(torch.arange(20))
+    domain = make()
+    exact = domain.forward(domain.teacher(), domain.samples("train", torch.arange(20)))
+    names = {f"teacher_state_{name}": name for name in ("enc1", "enc2", "dec1", "dec2")}
+    names |= {"teacher_conf1": "conf1", "teacher_conf2": "conf2"}
+    for stored, name in names.items():
+        bound = exact[name].abs() * 2**-11 + 2**-25 + 1e-5  # the last term: another batch size, other rounding
+        assert ((rows[stored].float() - exact[name]).abs() <= bound).all(), name
+    distance = [rows[f"teacher_pts{v}"].float().norm(dim=-1).flatten(1) for v in (1, 2)]
+    assert torch.allclose(torch.cat(distance, 1).mean(1), torch.ones(20), atol=1e-3), "normalised: mean distance 1"
+
+
+def test_confident_teacher_stays_finite(tiny, tmp_path):
+    """Confidence is 1 + exp(..): beyond half precision it must not become infinite, or every student diverges."""
+    model = tiny.new_model()
+    with torch.no_grad():
+        model.downstream_head1.proj.bias.view(4, -1)[3] += 12.0
+    path = tiny.save_model(tmp_path / "confident.pth", model)
+    rows = TeacherCache(tmp_path, partial(Dust3r, tiny.settings(teacher=str(path)), 7), 16, False).rows(torch.arange(16))
+    assert rows["teacher_conf1"].isfinite().all() and (rows["teacher_conf1"] > 6e4).all()
+
+
+def test_states_only_where_asked_for(tiny, tmp_path):
+    make = partial(Dust3r, tiny.settings(), 7)
+    lean, full = TeacherCache(tmp_path, make, 20, False), TeacherCache(tmp_path, make, 20, True)
+    assert lean.folder != full.folder
+    a, b = lean.rows(torch.arange(20)), full.rows(torch.arange(20))
+    assert {name for name in b if name not in a} == {f"teacher_state_{s}" for s in ("enc1", "enc2", "dec1", "dec2")}
+    assert all(tiny.same(a[name], b[name]) for name in a)
+
+
+def test_second_build_computes_nothing(tiny, tmp_path):
+    make = partial(Counted, tiny.settings(), 7)
+    TeacherCache(tmp_path, make, 40, False).build()
+    # One sample first, for the shapes.
+    assert [(rows[0], len(rows)) for rows in Counted.calls] == [(0, 1), (0, 16), (16, 16), (32, 8)]
+    Counted.calls.clear()
+    again = TeacherCache(tmp_path, make, 40, False)
+    again.build()
+    again.rows(torch.arange(40))
+    assert Counted.calls == []
+
+
+def test_interrupted_build_goes_on_where_it_stood(tiny, tmp_path):
+    make = partial(Counted, tiny.settings(), 7)
+    TeacherCache(tmp_path / "straight", make, 40, False).build()
+    Counted.calls.clear()
+    Counted.fails_at = 16
+    broken = TeacherCache(tmp_path / "broken", make, 40, False)
+    with pytest.raises(KeyboardInterrupt):
+        broken.build()
+    Counted.fails_at = None
+    assert json.loads((broken.folder / "done.json").read_text()) == [0]
+    Counted.calls.clear()
+    going_on = TeacherCache(tmp_path / "broken", make, 40, False)
+    going_on.rows(torch.arange(3))
+    assert [rows[0] for rows in Counted.calls] == [16, 32]
+    assert files(going_on.folder) == files(tmp_path / "straight" / broken.folder.name)
+
+
+def test_build_interrupted_before_its_first_block_starts_again(tiny, tmp_path):
+    make = partial(Counted, tiny.settings(), 7)
+    cache = TeacherCache(tmp_path, make, 20, False)
+    Counted.fails_at = 0
+    with pytest.raises(KeyboardInterrupt):
+        cache.build()
+    Counted.fails_at = None
+    (cache.folder / "points.npy").write_bytes(b"torn")
+    rows = TeacherCache(tmp_path, make, 20, False).rows(torch.arange(20))
+    assert tiny.same(rows["points"], make().samples("train", torch.arange(20))["points"])
+
+
+def test_other_content_has_another_folder(tiny, tmp_path, monkeypatch):
+    def folder(seed=7, count=40, **changes):
+        return TeacherCache(tmp_path, partial(Dust3r, tiny.settings(**changes), seed), count, False).folder
+
+    other = tiny.save_model(tmp_path / "other.pth", tiny.new_model(seed=1))
+    big = tiny.save_model(tmp_path / "big.pth", tiny.new_model(img_size=(48, 48)))
+    heads = tiny.save_model(tmp_path / "heads.pth", tiny.new_model(enc_num_heads=2))
+    found = [
+        folder(),
+        folder(seed=8),
+        folder(count=41),
+        folder(teacher=str(other)),
+        folder(teacher=str(big), image_size="48x48"),
+        folder(teacher=str(heads)),
+    ]
+    assert len(set(found)) == len(found)
+    copy = tmp_path / "copy.pth"
+    shutil.copy(tiny.teacher_file, copy)
+    assert folder(teacher=str(copy), T=5.0, beta=0.9, epochs=9, batch_size=4) == found[0], "by content"
+
+
+def test_two_processes_build_each_block_once(tiny, tmp_path):
+    arguments = (tmp_path, json.dumps(tiny.settings()), 80)
+    processes = [tiny.python(BUILD, *arguments, wait=False) for _ in range(2)]
+    try:
+        while len(list(tmp_path.glob("ready.*"))) < 2:
+            assert all(process.poll() is None for process in processes)
+        (tmp_path / "go").touch()
+        assert [process.wait(120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    log = sorted((tmp_path / "blocks.log").read_text().split("\n"))
+    assert [line for line in log if line] == sorted(["0 1", *(f"{k} 16" for k in range(0, 80, 16))])
+    make = partial(Counted, tiny.settings(), 7)
+    cache = TeacherCache(tmp_path, make, 80, True)
+    rows = cache.rows(torch.arange(80))
+    assert Counted.calls == [], "and a third one reads what they made"
+    assert tiny.same(rows["image"], make().samples("train", torch.arange(80))["image"])
+
+
+def test_two_workers_make_what_one_makes(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "BLOCK", 256)  # workers are new processes: they know the module as it is
+    settings = tiny.settings()
+    make = partial(make_domain, "dust3r", settings, {}, 7)
+    one, two = (TeacherCache(tmp_path / name, make, 530, True) for name in ("one", "two"))
+    one.build(workers=1)
+    two.build(workers=2)
+    assert sorted(json.loads((two.folder / "done.json").read_text())) == [0, 1, 2]
+    assert files(one.folder) == files(two.folder) and len(files(one.folder)) == 10
+
+
+def test_no_room_on_the_disk_is_found_before_anything_is_written(tiny, small_disk):
+    make = partial(Counted, tiny.settings(), 7)
+    cache = TeacherCache(small_disk, make, 4096, False)
+    with pytest.raises(InputError, match="teacher cache needs 0.2 GB .* --storage .* train_pairs=4096") as error:
+        cache.build()
+    assert "\n" not in str(error.value) and str(small_disk) in str(error.value)
+    assert not list(cache.folder.glob("*.npy")) and not (cache.folder / "done.json").exists()
+    assert len(Counted.calls) == 1, "one sample, for the sizes"
+
+
+def test_room_that_vanishes_in_mid_build_cannot_kill_the_process(tiny, small_disk):
+    """Blocks are written through memory maps, where a full disk is a bus error: the room is taken beforehand."""
+    cache = TeacherCache(small_disk, partial(Counted, tiny.settings(), 7), 12, False)
+    Counted.fails_at = 0
+    with pytest.raises(KeyboardInterrupt):
+        cache.build()
+    free = os.statvfs(small_disk)
+    needed = sum(path.stat().st_size for path in cache.folder.glob("*.npy"))
+    assert free.f_bavail * free.f_frsize <= 2**20 - needed
+
+
+def test_teacher_metrics_are_computed_once(tiny, tmp_path, monkeypatch):
+    domain = tiny.domain()
+    found = teacher_metrics(tmp_path, domain, "val", full=False)
+    expected = domain.evaluate(domain.teacher(), "val")
+    assert found.keys() == expected.keys() and all(tiny.same(found[k], expected[k]) for k in found)
+    monkeypatch.setattr(Dust3r, "evaluate", None)
+    again = teacher_metrics(tmp_path, tiny.domain(T=9.0), "val", full=False)
+    assert all(tiny.same(again[k], expected[k]) for k in again)
+    for other in ({"workload_seed": 43}, {"val_pairs": 10}, {"primary": "rmse"}):
+        with pytest.raises(TypeError):
+            teacher_metrics(tmp_path, tiny.domain(**other), "val", full=False)
+    with pytest.raises(TypeError):
+        teacher_metrics(tmp_path, domain, "val", full=True)
+    assert all(isinstance(np.load(path, allow_pickle=False)["absrel"], np.ndarray) for path in tmp_path.glob("*.npz"))
