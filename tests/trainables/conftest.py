@@ -94,7 +94,13 @@ def tiny(teacher_file, tmp_path):
 
     def config(name, params=None, cache="cache", **changes):
         return {
-            **{"trial_id": name, "domain": "dust3r", "params": params or {}, "seed": 7, "settings": settings(**changes)},
+            **{
+                "trial_id": name,
+                "domain": "dust3r",
+                "params": params or {},
+                "seed": 7,
+                "settings": settings(**changes),
+            },
             **{"state_dir": str(tmp_path / "trials" / name), "cache_dir": str(tmp_path / cache)},
         }
 
