@@ -1,4 +1,4 @@
-"""A teacher of a few thousand random weights on 32 x 32 images, and what a trial of it needs; handed out as fixtures."""
+"""A teacher of a few thousand random weights on 32 x 32 images, and what its trials need; handed out as fixtures."""
 
 import contextlib
 import os

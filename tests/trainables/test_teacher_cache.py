@@ -101,7 +101,9 @@ def test_confident_teacher_stays_finite(tiny, tmp_path):
     with torch.no_grad():
         model.downstream_head1.proj.bias.view(4, -1)[3] += 12.0
     path = tiny.save_model(tmp_path / "confident.pth", model)
-    rows = TeacherCache(tmp_path, partial(Dust3r, tiny.settings(teacher=str(path)), 7), 16, False).rows(torch.arange(16))
+    rows = TeacherCache(tmp_path, partial(Dust3r, tiny.settings(teacher=str(path)), 7), 16, False).rows(
+        torch.arange(16)
+    )
     assert rows["teacher_conf1"].isfinite().all() and (rows["teacher_conf1"] > 6e4).all()
 
 

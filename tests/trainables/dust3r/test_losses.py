@@ -18,9 +18,7 @@ from trainables.dust3r.losses import (
 )
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "golden_losses.safetensors"
-needs_golden = pytest.mark.skipif(
-    not GOLDEN.exists(), reason="reference loss values are not beside this checkout"
-)
+needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="reference loss values are not beside this checkout")
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +106,7 @@ def test_invariances_forgive_what_they_name_and_nothing_else():
     scaled = [3 * t for t in true]
     shifted = [t + torch.tensor([0.0, 0.0, 0.7], dtype=t.dtype) for t in true]
     assert regression_loss(*scaled, *true, *valid).item() == pytest.approx(0, abs=1e-12)
-    assert regression_loss(*scaled, *true, *valid, "avg_dis", True, "scale").item() == pytest.approx(
-        0, abs=1e-9
-    )
+    assert regression_loss(*scaled, *true, *valid, "avg_dis", True, "scale").item() == pytest.approx(0, abs=1e-9)
     assert regression_loss(*scaled, *true, *valid, gt_scale=True).item() > 0.1
     assert regression_loss(*shifted, *true, *valid, invariance="scale").item() > 0.1
     moved = regression_loss(*shifted, *true, *valid, "avg_dis", True, "scale_shift")

@@ -44,9 +44,7 @@ def images(*sizes, batch=2):
     return [torch.rand(batch, 3, h, w, generator=g) * 2 - 1 for h, w in sizes]
 
 
-@pytest.mark.skipif(
-    not (GOLDEN / "parity.py").exists(), reason="reference outputs are not beside this checkout"
-)
+@pytest.mark.skipif(not (GOLDEN / "parity.py").exists(), reason="reference outputs are not beside this checkout")
 @pytest.mark.parametrize("name", ["linear", "dpt"])
 def test_outputs_agree_with_reference(name):
     spec = importlib.util.spec_from_file_location("parity", GOLDEN / "parity.py")
@@ -143,8 +141,7 @@ def test_reference_names_and_tied_convolutions():
             first = state[f"{head}.dpt.scratch.layer{i + 1}_rn.weight"]
             assert first.data_ptr() == state[f"{head}.dpt.scratch.layer_rn.{i}.weight"].data_ptr()
     assert (
-        state["downstream_head1.dpt.head.0.weight"].data_ptr()
-        != state["downstream_head2.dpt.head.0.weight"].data_ptr()
+        state["downstream_head1.dpt.head.0.weight"].data_ptr() != state["downstream_head2.dpt.head.0.weight"].data_ptr()
     )
     assert state["mask_token"].shape == (1, 1, 24)
 
