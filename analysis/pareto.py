@@ -249,6 +249,7 @@ def caption(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str]) -> t
         ("workload", "workload_hash"),
         ("domain", "domain"),
         ("profile", "profile"),
+        ("against", "parent"),
         ("engine", "engine"),
         ("device", "device"),
     ):

@@ -69,10 +69,13 @@ def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> 
     def known(key: str) -> str:
         return " / ".join(dict.fromkeys(str(record[key]) for record in records if record.get(key)))
 
-    teachers = [str(record["exp_id"]) for record in records if record.get("role") == "teacher"]
+    # What the trials were compared with, by content; a sweep in progress may know only the teacher's name yet.
+    teachers = list(dict.fromkeys(str(record["parent"]) for record in records if record.get("parent"))) or [
+        str(record["exp_id"]) for record in records if record.get("role") == "teacher"
+    ]
     parts = [
         f"workload {known('workload_hash') or 'unknown'}",
-        f"teacher {', '.join(teachers) or 'not measured yet'}",
+        f"against {', '.join(teachers) or 'a teacher not measured yet'}",
         f"{settings['test_pairs']} test pairs" if settings.get("test_pairs") else "",
         f"{known('engine')} on {known('device')}" if known("engine") and known("device") else known("device"),
     ]

@@ -15,11 +15,10 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
-from sweeps.progress import duration, percent
+from sweeps.progress import duration
 from sweeps.settings import WORKLOAD, Resolved
 from sweeps.spec import Sweep
 from trainables.record import Record, write_csv
@@ -135,37 +134,12 @@ def _best(trial: TrialState) -> float:
 
 
 def show_table(console: Console, ledger: Ledger) -> None:
-    """One row per trial: parameters, epochs, drop with interval, p50, verdict and stop reason."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("exp_id", "left"), ("T", "right"), ("beta", "left"), ("epochs", "right")):
-        table.add_column(name, justify=justify, no_wrap=name == "exp_id")  # type: ignore[arg-type]
-    for name in ("drop [95 %]", "p50 ms", "verdict", "stop reason"):
-        table.add_column(name, justify="right" if name == "p50 ms" else "left", no_wrap=True)
-    for trial in ledger.state.trials.values():
-        record = trial.record or {}
-        verdict = str(record.get("verdict") or "-")
-        table.add_row(
-            trial.exp_id,
-            _cell(record.get("T")),
-            _cell(record.get("beta")),
-            _cell(record.get("epochs")),
-            _drop_cell(record),
-            "-" if record.get("t_pair_p50_ms") is None else f"{record['t_pair_p50_ms']:.2f}",
-            verdict,
-            str(record.get("stop_reason") or "-"),
-            style={"pass": "green", "fail": "red"}.get(verdict, ""),
-        )
-    console.print(table)
+    """The verdict table: on what workload, against which teacher, with what interval, why each trial was stopped."""
+    from analysis import table  # polars takes a second to import, which --help and --dry-run need not wait for
 
-
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-def _drop_cell(record: Mapping[str, Any]) -> str:
-    drop, lo, hi = (record.get(key) for key in ("drop", "drop_lo", "drop_hi"))
-    text = percent(drop).removeprefix("drop ")
-    return text if lo is None or hi is None else f"{text} [{100 * lo:.2f}, {100 * hi:.2f}]"
+    header = ledger.state.header
+    records = [{**trial.record, "role": trial.role} for trial in ledger.state.trials.values() if trial.record]
+    console.print(table.render(records, header["settings"], str(header["name"])))
 
 
 def show_times(console: Console, seconds: Mapping[str, float]) -> None:

@@ -31,18 +31,20 @@ def show(sweep: Sweep, planned: Sequence[Planned], resolved: Resolved, folder: P
     trials = sum(trial.role == "trial" for trial in planned) + samples
     if samples:
         console.print(f"and {samples} trials that Optuna chooses")
-    names = [trial.saves for trial in planned if trial.saves] + [n for n in (sweep.best, sweep.log) if n]
+    left = [*(trial.saves for trial in planned), sweep.best, sweep.log, sweep.baseline, "result_table.csv"]
     console.print(f"Folder: {folder}", soft_wrap=True)
-    console.print(f"Files: {', '.join([*names, 'result_table.csv'])}", soft_wrap=True)
+    console.print(f"Files: {', '.join(name for name in left if name)}", soft_wrap=True)
+    if not trials:
+        return
     pairs = resolved.values.get("pairs_per_epoch")
     work = f"at most {trials} trials x {rule.max_evals} epochs"
     if pairs:
         work += f" x {pairs} pairs = {trials * rule.max_evals * pairs:,} pairs"
-    console.print(f"Training: {work}; {_time(folder.parent, resolved, trials, rule.max_evals)}", soft_wrap=True)
+    console.print(f"Training: {work}; {_time(sweep, folder.parent, resolved, trials, rule.max_evals)}", soft_wrap=True)
 
 
-def _time(storage: Path, resolved: Resolved, trials: int, epochs: int) -> str:
-    """Hours from the epochs that earlier sweeps of the same size took, if there are any."""
+def _time(sweep: Sweep, storage: Path, resolved: Resolved, trials: int, epochs: int) -> str:
+    """Hours from the epochs of earlier sweeps of the same size, else from what a sample once cost on a CPU."""
     size = ("image_size", "pairs_per_epoch", "batch_size")
     seconds: list[float] = []
     for path in storage.glob(f"*/{NAME}"):
@@ -51,6 +53,9 @@ def _time(storage: Path, resolved: Resolved, trials: int, epochs: int) -> str:
         if all(settings.get(key) == resolved.values.get(key) for key in size):
             for trial in state.trials.values():
                 seconds += [metrics["epoch_s"] for _, metrics in trial.results if metrics.get("epoch_s", 0) > 0]
+    if not seconds and sweep.sample_cpu_s and resolved.profile != "full":
+        hours = trials * epochs * resolved.values["pairs_per_epoch"] * sweep.sample_cpu_s / 3600
+        return f"about {hours:.1f} CPU-hours at the {1000 * sweep.sample_cpu_s:.0f} ms per pair of a 64x64 student"
     if not seconds:
         return f"time unknown: no sweep of this size was run in {storage} yet"
     mean = sum(seconds) / len(seconds)

@@ -160,8 +160,9 @@ class Sweep:
     trainable: a Ray class trainable whose step() is one epoch. settings: the files that explain its
     parameters. measure: None for work that its last result describes completely. search_task: the task_id
     of searched trials. best, log, baseline: names of the file with the best weights, of the file with all
-    curves and records, and of the file with the teacher's record. name: part of the sweep's name, by default the
-    script's.
+    curves and records, and of the file with the teacher's record. sample_cpu_s: CPU-seconds that one training
+    sample once took (demo and small), for the estimate of --dry-run. name: part of the sweep's name, by default
+    the script's.
     """
 
     stage: str
@@ -177,6 +178,7 @@ class Sweep:
     best: str | None = None
     log: str | None = None
     baseline: str | None = None
+    sample_cpu_s: float | None = None
     name: str = ""
 
     def __post_init__(self) -> None:

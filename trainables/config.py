@@ -98,7 +98,7 @@ class DistillSettings(Settings):
 class PretrainSettings(Settings):
     """How a small teacher is trained from scratch."""
 
-    epochs: Count = 40
+    epochs: Count = 32
     pairs_per_epoch: Count = 4096
     batch_size: int = Field(32, ge=2, multiple_of=2)
     lr: float = Field(1e-3, gt=0)

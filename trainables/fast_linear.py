@@ -51,14 +51,16 @@ class _Linear(torch.autograd.Function):
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     # Exporters trace the plain operator; anything but single precision on the CPU is not ours.
     plain = torch.onnx.is_in_onnx_export() or x.dtype != torch.float32 or x.device.type != "cpu"
-    if plain or not torch.is_grad_enabled():
+    if plain:
         return nn.functional.linear(x, layer.weight, layer.bias)
+    if not torch.is_grad_enabled():
+        return _product(x, layer.weight, layer.bias)
     result: Tensor = _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
     return result
 
 
 def install(model: nn.Module) -> None:
-    """Let the plain nn.Linear layers of `model` compute through oneDNN where that applies, and only while training."""
+    """Let the plain nn.Linear layers of `model` compute through oneDNN where that applies, but never in an export."""
     if applies():
         for layer in model.modules():
             if type(layer) is nn.Linear:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.errors import InputError
-from trainables import checkpoint
+from trainables import checkpoint, fast_linear
 from trainables.checkpoint import model_hash
 from trainables.domain import Batch, Domain
 
@@ -112,12 +112,17 @@ class _Filler:
         for name, value in probe.items():
             path = self.folder / f"{name}.npy"
             np.lib.format.open_memmap(path, "w+", value.dtype, (self.count, *value.shape[1:]))
+            # Takes the room on the disk now: filling a hole of a mapped file on a full disk is a bus error.
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
     @cached_property
     def _models(self) -> tuple[Domain, nn.Module]:
         torch.set_num_threads(1)
         domain = self.make()
-        return domain, domain.teacher()
+        teacher = domain.teacher()
+        fast_linear.install(teacher)
+        return domain, teacher
 
     def _compute(self, rows: Tensor) -> Batch:
         domain, teacher = self._models

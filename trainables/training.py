@@ -8,6 +8,7 @@ killed worker, a lost node and a resumed sweep take the same path, and resumed e
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,9 +72,9 @@ class Training(Trainable):
         self.seed = int(config["seed"])
         self.epoch, self.best = 0, math.nan
         self.unheard: dict[str, float] | None = None
-        torch.manual_seed(self.seed)
-        np.random.seed(self.seed % 2**32)
+        self._seed_all()
         self.build()
+        self._seed_all()  # what building drew depends on what other trials had left in the cache
         fast_linear.install(self.trained)
         self.steps_per_epoch = max(1, self.settings["pairs_per_epoch"] // self.settings["batch_size"])
         self.optimizer = torch.optim.AdamW(
@@ -82,6 +83,11 @@ class Training(Trainable):
         state = self.folder / "state.pt"
         if state.exists():
             self._restore(checkpoint.load(state, "state"))
+
+    def _seed_all(self) -> None:
+        torch.manual_seed(self.seed)
+        np.random.seed(self.seed % 2**32)
+        random.seed(self.seed)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take over another trial in the same process (starting one costs seconds of imports)."""

@@ -100,7 +100,7 @@ def test_it_is_really_installed_and_only_on_plain_linear_layers():
     assert "_Linear" in graph[0] and "_Linear" in graph[2] and "_Linear" not in graph[1]
 
 
-def test_other_precisions_and_inference_take_the_plain_operator():
+def test_other_precisions_take_the_plain_operator_and_inference_records_nothing():
     torch.manual_seed(0)
     layer = nn.Linear(8, 8)
     x = torch.randn(3, 8)
@@ -110,7 +110,8 @@ def test_other_precisions_and_inference_take_the_plain_operator():
     fast_linear.install(layer)
     fast_linear.install(double)
     with torch.no_grad():
-        assert torch.equal(layer(x), expected)
+        close(layer(x), expected)
+        assert layer(x).grad_fn is None
     out = double(x.double())
     assert out.dtype == torch.float64 and "_Linear" not in type(out.grad_fn).__name__
 

@@ -98,11 +98,11 @@ class Dust3r:
 
     def load(self, path: Path) -> DUSt3R:
         """A model from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
+        config, weights = _read_model(path)
         try:
-            config, weights = _read_model(path)
             model = from_reference_config(**config)
             model.load_state_dict(weights)
-        except (RuntimeError, TypeError, KeyError) as error:
+        except (RuntimeError, TypeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: not a DUSt3R model of this architecture ({reason})") from None
         return model
@@ -171,7 +171,9 @@ class Dust3r:
         pts1, pts2 = _normalised(out)
         kept = {"pts1": pts1, "pts2": pts2, "conf1": out["conf1"], "conf2": out["conf2"]}
         kept |= {f"state_{name}": out[name] for name in STATES}
-        return {f"teacher_{name}": value.half() for name, value in kept.items()}
+        # Confidences are exponentials: what half precision cannot hold becomes its largest number, not infinity.
+        most = torch.finfo(torch.float16).max
+        return {f"teacher_{name}": value.clamp(-most, most).half() for name, value in kept.items()}
 
     def task_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Confidence-weighted regression of jointly normalised pointmaps (DUSt3R's ConfLoss over Regr3D)."""
@@ -285,4 +287,7 @@ def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(f"model {path} cannot be read ({error}); it is missing or truncated") from None
     if "config" not in header:
         raise InputError(f"{path}: its header holds no 'config', so the architecture is unknown")
-    return json.loads(header["config"]), weights
+    try:
+        return json.loads(header["config"]), weights
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: the 'config' in its header is not JSON ({error}); save the file again") from None

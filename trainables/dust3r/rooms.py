@@ -116,9 +116,9 @@ def _scene(table: Tensor, camera: Tensor) -> tuple[_Scene, Tensor]:
     # near things hide far ones, and no mean depth map explains the image.
     size = take((n, 3), 0.15, 0.6)
     floats, scattered = take((n,), 0, 1) < 0.25, take((n,), 0, 1) < 0.3
-    away = 0.7 * torch.exp2(take((n, 1), 0, 2.8))
+    away = 0.7 * _exp2(take((n, 1), 0, 2.8))
     before = torch.cat([take((n, 2), -0.5, 0.5), torch.ones_like(away)], -1) * away
-    spot = first[:, None, :3, 3] + torch.einsum("bnj,bij->bni", before, first[:, :3, :3])
+    spot = first[:, None, :3, 3] + sum(before[..., j, None] * first[:, None, :3, j] for j in range(3))
     spot = torch.where(scattered[..., None], take((n, 3), -0.9, 0.9) * half[:, None], spot)
     spot = torch.maximum(torch.minimum(spot, half[:, None]), -half[:, None])
     angle = take((n,), 0, 2 * math.pi)
@@ -128,11 +128,11 @@ def _scene(table: Tensor, camera: Tensor) -> tuple[_Scene, Tensor]:
     box = torch.cat([spot[:, SPHERES:], size[:, SPHERES:]], -1)
     yaw = torch.stack([angle[:, SPHERES:].cos(), angle[:, SPHERES:].sin()], -1)
     direction = take((SURFACES, 2, 3), -1, 1)
-    direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-3)
+    direction = direction / _length(direction).clamp_min(1e-3)
     octave = take((SURFACES, 2, 1), 1.6, 2.7)
-    wave = direction * torch.exp2(octave)
+    wave = direction * _exp2(octave)
     phase = take((SURFACES, 2), 0, 2 * math.pi)
-    style = torch.stack([take((SURFACES,), 0, 1).round(), torch.exp2(take((SURFACES,), 0, 4))], -1)
+    style = torch.stack([take((SURFACES,), 0, 1).round(), _exp2(take((SURFACES,), 0, 4))], -1)
     colour = take((SURFACES, 2, 3), 0.08, 0.95)
     paint = torch.cat([wave.flatten(2), phase, style, colour.flatten(2)], -1).permute(2, 0, 1).contiguous()
     return _Scene(half, light, ambient, power, tint, sphere, box, yaw, paint), first
@@ -214,11 +214,26 @@ def _normal(scene: _Scene, point: Tensor, surface: Tensor) -> Tensor:
     return torch.stack([cos * local[0] + sin * local[2], local[1], cos * local[2] - sin * local[0]])
 
 
+def _exp2(power: Tensor) -> Tensor:
+    """2 ** power, rounded from double precision: in single, the last elements of a batch take another code path."""
+    return torch.exp2(power.double()).float()
+
+
+def _length(vector: Tensor) -> Tensor:
+    """Lengths (..., 1) of vectors (..., 3), written out: a norm may sum in another order per batch."""
+    x, y, z = vector.split(1, -1)
+    return (x * x + y * y + z * z).sqrt()
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return vector / _length(vector).clamp_min(1e-12)
+
+
 def _look(position: Tensor, target: Tensor, roll: Tensor) -> Tensor:
     """Camera-to-world poses (B, 4, 4) at `position` looking at `target`, rolled by `roll` radians."""
-    z = torch.nn.functional.normalize(target - position, dim=-1)
+    z = _unit(target - position)
     down = torch.tensor([0.0, 1.0, 0.0]).expand_as(z)
-    x = torch.nn.functional.normalize(torch.linalg.cross(down, z), dim=-1)
+    x = _unit(torch.linalg.cross(down, z))
     y = torch.linalg.cross(z, x)
     cos, sin = roll.cos()[:, None], roll.sin()[:, None]
     pose = torch.eye(4).repeat(len(z), 1, 1)
@@ -239,7 +254,7 @@ def _first_camera(half: Tensor, table: Tensor) -> Tensor:
 def _next_camera(scene: _Scene, first: Tensor, table: Tensor) -> Tensor:
     """A camera 0.2 to 2 m from the first that looks towards a point in front of the first."""
     take = _Take(table)
-    step = torch.nn.functional.normalize(take((3,), -1, 1) * torch.tensor([1.0, 0.5, 1.0]), dim=-1)
+    step = _unit(take((3,), -1, 1) * torch.tensor([1.0, 0.5, 1.0]))
     position = first[:, :3, 3] + step * take((1,), 0.2, 2.0)
     position = torch.maximum(torch.minimum(position, 0.9 * scene.half), -0.9 * scene.half)
     target = first[:, :3, 3] + first[:, :3, 2] * take((1,), 1.5, 4.0) + take((3,), -0.6, 0.6)
@@ -248,11 +263,10 @@ def _next_camera(scene: _Scene, first: Tensor, table: Tensor) -> Tensor:
 
 def _clear(scene: _Scene, cameras: Tensor) -> _Scene:
     """Take away whatever stands within 30 cm of a camera: the things shrink to nothing. cameras: (B, M, 3)."""
-    gap = (cameras[:, None] - scene.sphere[:, :, None, :3]).norm(dim=-1) - scene.sphere[:, :, None, 3]
+    gap = _length(cameras[:, None] - scene.sphere[:, :, None, :3])[..., 0] - scene.sphere[:, :, None, 3]
     sphere = scene.sphere.clone()
     sphere[..., 3] *= (gap.amin(-1) > 0.3).float()
-    reach = scene.box[..., 3:].norm(dim=-1)
-    gap = (cameras[:, None] - scene.box[:, :, None, :3]).norm(dim=-1) - reach[..., None]
+    gap = _length(cameras[:, None] - scene.box[:, :, None, :3])[..., 0] - _length(scene.box[..., 3:])
     box = scene.box.clone()
     box[..., 3:] *= (gap.amin(-1) > 0.3).float()[..., None]
     return _Scene(**{**vars(scene), "sphere": sphere, "box": box})

@@ -252,7 +252,7 @@ def test_signal_losses_by_hand(domain, batch):
     outputs = domain.forward(domain.student(inherit=False), batch)
     squares = [(outputs[s] - cached[f"teacher_state_{s}"].float()).square().mean() for s in module.STATES]
     found = domain.signal_loss("feature", outputs, cached, domain.adapters())
-    assert float(found.detach()) == pytest.approx(float(sum(squares)) / 4, rel=1e-5)
+    assert float(found.detach()) == pytest.approx(float(sum(squares).detach()) / 4, rel=1e-5)
     distance = [outputs[f"pts{v}"].norm(dim=-1).flatten(1) for v in (1, 2)]
     factor = torch.cat(distance, 1).mean(1)[:, None, None, None]
     parts = [
@@ -263,7 +263,7 @@ def test_signal_losses_by_hand(domain, batch):
         for v in (1, 2)
     ]
     found = domain.signal_loss("kl", outputs, cached, domain.adapters())
-    assert float(found.detach()) == pytest.approx(float(sum(parts)), rel=1e-5)
+    assert float(found.detach()) == pytest.approx(float(sum(parts).detach()), rel=1e-5)
 
 
 def test_pretraining_loss_is_the_task_in_both_directions(domain):
