@@ -100,7 +100,8 @@ class Dust3r:
         """A model from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
         config, weights = _read_model(path)
         try:
-            model = from_reference_config(**config)
+            with torch.random.fork_rng(devices=[]):  # reading a file must not move a training's random numbers
+                model = from_reference_config(**config)
             model.load_state_dict(weights)
         except (RuntimeError, TypeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
