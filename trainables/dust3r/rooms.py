@@ -221,7 +221,7 @@ def _exp2(power: Tensor) -> Tensor:
 
 def _length(vector: Tensor) -> Tensor:
     """Lengths (..., 1) of vectors (..., 3), written out: a norm may sum in another order per batch."""
-    x, y, z = vector.split(1, -1)
+    x, y, z = vector[..., 0:1], vector[..., 1:2], vector[..., 2:3]
     return (x * x + y * y + z * z).sqrt()
 
 
