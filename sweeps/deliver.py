@@ -33,22 +33,22 @@ class Choice:
 
 
 def choose(ledger: Ledger) -> Choice:
-    """The trial with the best validation among those that pass; the best validation of all where none does.
+    """The trial with the lowest validation drop among those with weights.
 
-    Validation chooses, the test split only reports: choosing by the test would make its number too good.
+    Validation chooses, the test split (and with it the verdict) only reports: choosing by the test would make its
+    number too good.
     """
     able = [
         trial
         for trial in ledger.state.trials.values()
-        if trial.role == "trial" and ledger.best_weights(trial.trial_id) and math.isfinite(_best(trial))
+        if trial.role == "trial" and ledger.best_weights(trial.trial_id) and math.isfinite(trial.best_drop)
     ]
     if not able:
         return Choice(None, "no trial has weights to choose from")
-    passing = [trial for trial in able if (trial.record or {}).get("verdict") == "pass"]
-    best = min(passing or able, key=_best)
-    field = f"{len(passing)} of {len(able)} trials pass" if passing else f"none of {len(able)} trials passes"
-    rank = "the lowest validation drop of those" if passing else "the lowest validation drop of all"
-    return Choice(best, f"{best.exp_id}: {field}; it has {rank}, {100 * _best(best):.2f} %")
+    best = min(able, key=lambda trial: trial.best_drop)
+    verdict = (best.record or {}).get("verdict") or "missing"
+    rank = f"the lowest validation drop of {len(able)} trials, {100 * best.best_drop:.2f} %"
+    return Choice(best, f"{best.exp_id}: it has {rank}; its verdict on the test split is {verdict}")
 
 
 def write_files(sweep: Sweep, ledger: Ledger, resolved: Resolved) -> Choice:
@@ -127,10 +127,6 @@ def _log(ledger: Ledger, choice: Choice) -> dict[str, Any]:
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-
-
-def _best(trial: TrialState) -> float:
-    return min((drop for drop in trial.drops if math.isfinite(drop)), default=math.inf)
 
 
 def show_table(console: Console, ledger: Ledger) -> None:

@@ -234,6 +234,11 @@ class TrialState:
         return [metrics.get("val_drop", math.nan) for _, metrics in self.results]
 
     @property
+    def best_drop(self) -> float:
+        """The lowest finite validation drop, infinite where there is none."""
+        return min((drop for drop in self.drops if math.isfinite(drop)), default=math.inf)
+
+    @property
     def epoch(self) -> int:
         """Last epoch with a result, 0 before the first."""
         return self.results[-1][0] if self.results else 0

@@ -5,6 +5,7 @@ driver asks for a batch, trains and measures it, and tells. The journal keeps wh
 sweep rebuilds the study.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from sweeps.plan import Planned, Planner
 from sweeps.spec import OneOf, Range, Trial, schedule_options
 from trainables.schedules import Schedule
 
-OBJECTIVES = ("drop", "t_pair_p50_ms")
+OBJECTIVES = ("best validation drop", "t_pair_p50_ms")
 STARTUP = 10  # trials drawn at random before the sampler has something to go by
 
 
@@ -48,28 +49,27 @@ class Search:
     def learn(self, planned: Sequence[Planned], trials: Mapping[str, TrialState], settings: Mapping[str, Any]) -> None:
         """Start from the plan's own measured trials where they lie within the space."""
         for trial in planned:
-            record = trials[trial.trial_id].record or {}
-            values = [record.get(name) for name in OBJECTIVES]
+            values = _values(trials[trial.trial_id])
             point = _point(self._space, {**settings, **trial.params})
-            if trial.role != "trial" or point is None or any(value is None for value in values):
+            if trial.role != "trial" or point is None or values is None:
                 continue
             self._study.enqueue_trial(point)
             asked = self._study.ask()
             for name, words in self._space.items():
                 _suggest(asked, name, words)
-            self._study.tell(asked, [float(value) for value in values if value is not None])
+            self._study.tell(asked, values)
 
     def tell(self, trials: Sequence[TrialState]) -> None:
-        """Both objectives of measured trials; one that has none of them counts as failed."""
+        """Both objectives of measured trials; one that lacks either counts as failed."""
         for trial in trials:
             asked = self._asked.pop(trial.trial_id, None)
             if asked is None:
                 continue
-            values = [(trial.record or {}).get(name) for name in OBJECTIVES]
-            if any(value is None for value in values):
+            values = _values(trial)
+            if values is None:
                 self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
             else:
-                self._study.tell(asked, [float(value) for value in values if value is not None])
+                self._study.tell(asked, values)
 
     def _sampler(self, count: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(seed=self._seed + count, n_startup_trials=STARTUP)
@@ -84,6 +84,12 @@ class Search:
         self._count += 1
         self._asked[planned.trial_id] = trial
         return planned
+
+
+def _values(trial: TrialState) -> list[float] | None:
+    """The objectives, None where one is missing. Validation steers the search: the test split only reports."""
+    p50 = (trial.record or {}).get("t_pair_p50_ms")
+    return [trial.best_drop, float(p50)] if p50 is not None and math.isfinite(trial.best_drop) else None
 
 
 def _suggest(trial: optuna.trial.Trial, name: str, words: Range | OneOf) -> Any:
