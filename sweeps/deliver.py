@@ -87,6 +87,7 @@ def write_workload(ledger: Ledger, resolved: Resolved, sampled: Mapping[str, Any
         data = {"workload_hash": resolved.workload_hash, **resolved.workload, **sampled}
         text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
         _put(ledger.folder / WORKLOAD.name, lambda path: path.write_text(text))
+        ledger.append("file", path=WORKLOAD.name, trial_id=None)
 
 
 def _put(path: Path, write: Callable[[Path], object]) -> None:

@@ -54,13 +54,8 @@ class Journal:
         cannot be written, or when the journal is damaged before its end.
         """
         folder = Path(folder)
+        lock = _lock(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}; expected a folder that can be written") from error
-        try:
-            _take(lock, folder)
             path = folder / NAME
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
@@ -114,6 +109,26 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _lock(folder: Path) -> int:
+    """The folder's lock, taken. A driver that abandons its sweep removes the file: a lock on that one holds nothing."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror}; expected a folder that can be written") from error
+        try:
+            _take(lock, folder)
+            if os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
+                return lock
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
 
 
 def _take(lock: int, folder: Path) -> None:
@@ -291,11 +306,10 @@ class SweepState:
             if event["epoch"] <= trial.epoch:
                 return False
             trial.results.append((event["epoch"], event["metrics"]))
-            trial.error = None  # it was tried again and lives
         elif kind == "stop":
             trial.stop = (event["epoch"], event["reason"], event["detail"])
-        elif kind == "failed":
-            trial.error = event["error"]
-        else:
-            trial.record = event["record"]
+        # A trial that failed may be trained again by --resume: then its error, and the record of what it had been
+        # until then, are of the past.
+        trial.error = event["error"] if kind == "failed" else trial.error if kind == "record" else None
+        trial.record = event["record"] if kind == "record" else None
         return True

@@ -14,7 +14,7 @@ from sweeps.spec import Gate, Sweep, Trial, constant, linear, loguniform, one_of
 from trainables import evaluate
 from trainables.distill import Distill
 
-EVEN = Gate("late_rise", at_most=2)  # no late validation worse than the best by twice the interval
+EVEN = Gate("late_rise", at_most=2)  # half widths of the interval: no late validation is worse than the best by more
 
 K = Sweep(
     stage="K", domain="dust3r", trainable=Distill, measure=evaluate, gate=Gate("drop", at_most=0.01),

@@ -6,6 +6,7 @@ progress.
 """
 
 import contextlib
+import re
 import shlex
 import signal
 import subprocess
@@ -33,7 +34,7 @@ from sweeps.tracking import Tracker, check_reachable, default_uri
 from sweeps.training import rule_of, train
 
 FLUSH_S = 60.0
-INTERRUPTED = 130
+NOTHING, INTERRUPTED = 1, 130
 
 
 @dataclass
@@ -85,12 +86,15 @@ class Order:
             "workload_hash": self.resolved.workload_hash,
             "settings": dict(self.config),
             "git_commit": git_commit(),
-            "command": self.command,
+            "command": masked(self.command),
         }
 
 
 def main(sweep: Sweep, argv: Sequence[str] | None = None) -> None:
-    """Run the sweep as the command line says. Exits with 2 for bad input, 130 when interrupted."""
+    """Run the sweep as the command line says.
+
+    Exits with 1 when it ended with nothing to use, 2 for bad input, 130 when interrupted.
+    """
     code = run(sweep, argv)
     if code:
         sys.exit(code)
@@ -171,7 +175,7 @@ def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Cl
         if sweep.measure:
             sampled = prepare(bench, sweep.measure, progress)
             clock.mark("teacher's outputs")
-        ledger.begin(order.header, order.command)
+        ledger.begin(order.header, masked(order.command))
         ledger.add(order.planned)
         progress.watch(ledger.state.trials)
         deliver.write_workload(ledger, order.resolved, sampled)
@@ -192,7 +196,16 @@ def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Cl
     clock.mark("reporting")
     _closing(order, ledger, console, choice, pictures, missing)
     deliver.show_times(console, clock.seconds)
-    return 0
+    return _outcome(order, ledger)
+
+
+def _outcome(order: Order, ledger: Ledger) -> int:
+    """The exit code of a sweep that ran to its end: 1 when its baseline is incomplete or no trial left weights."""
+    trials = ledger.state.trials.values()
+    if order.sweep.baseline and any((t.record or {}).get("verdict") == "fail" for t in trials if t.role == "teacher"):
+        return NOTHING
+    trained = [ledger.best_weights(trial.trial_id) for trial in trials if trial.role == "trial"]
+    return NOTHING if trained and not any(trained) else 0
 
 
 def _batches(order: Order, ledger: Ledger, slots: int) -> Iterator[Sequence[Planned]]:
@@ -258,7 +271,19 @@ def _closing(
             f"Not all is in MLflow yet ({missing}); the journal holds it: run this again with --resume.",
             soft_wrap=True,
         )
-    say(f"Compare the runs: mlflow ui --backend-store-uri {shlex.quote(order.tracking_uri)}", soft_wrap=True)
+    say(f"Compare the runs: {comparing(order.tracking_uri)}", soft_wrap=True)
+
+
+def comparing(uri: str) -> str:
+    """What to type to see the runs in MLflow."""
+    if uri.startswith(("http://", "https://")):
+        return f"open {masked(uri)}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(masked(uri))}"
+
+
+def masked(text: str) -> str:
+    """The text with the passwords of its addresses hidden, for screens, files and MLflow."""
+    return re.sub(r"(://[^\s/:@]*:)[^\s/@]+@", r"\1***@", text)
 
 
 def _hint(order: Order, ledger: Ledger) -> str:

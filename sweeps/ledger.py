@@ -51,12 +51,12 @@ class Ledger:
 
     def abandon(self) -> None:
         """Let go of the folder, and leave nothing behind of a sweep that never began."""
-        self.journal.close()
-        if not self.state.header:
+        if not self.state.header:  # removed while still held: a driver that waits at the door must not lose its own
             for name in (NAME, LOCK):
                 (self.folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
+        self.journal.close()
 
     def append(self, event: str, **fields: Any) -> None:
         """One event, on disk before it counts."""

@@ -24,6 +24,8 @@ from trainables.gates import Gate
 from trainables.record import Record, finite, now
 
 OWN_FIELDS = {field.name for field in fields(Record)} - {"extra"}
+BASELINE = ("chamfer", "absrel", "rmse", "delta1", "params_M", "flops_G", "size_MB",
+            "t_pair_p50_ms", "t_pair_p95_ms", "pairs_per_sec")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Bench:
             "seed": trial.seed if trial else self.common["seed"],
             "work_dir": str(self.ledger.folder / "work"),
             "cache_dir": str(self.cache_dir),
-            "trains": bool(self.sweep.trials or self.sweep.space),
+            "trials": [dict(trial.params) for trial in self.sweep.trials],
         }
         if trial:
             weights = self.ledger.best_weights(trial.trial_id) if trial.role == "trial" else None
@@ -72,11 +74,19 @@ def prepare(bench: Bench, measures: Measures, progress: Progress) -> dict[str, A
 
 
 def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> None:
-    """Measure every trial that has no record yet, and write its record to the journal."""
-    todo = [p for p in planned if bench.ledger.trial(p.trial_id).record is None]
+    """Measure every trial that has no record or one with a gap, and write its record as soon as it is complete."""
+    todo = [p for p in planned if _unmeasured(bench.ledger.trial(p.trial_id).record)]
     measures = bench.sweep.measure
-    able = [p for p in todo if p.role == "teacher" or bench.ledger.best_weights(p.trial_id)]
+    able = [p for p in todo if p.role == "teacher" or bench.ledger.best_weights(p.trial_id)] if measures else []
     found: dict[str, dict[str, Any]] = {trial.trial_id: {} for trial in todo}
+
+    def write(trial: Planned) -> None:
+        record = build_record(bench, trial, found[trial.trial_id])
+        bench.ledger.append("record", trial_id=trial.trial_id, record=record.to_dict())
+
+    for trial in todo:
+        if trial not in able:
+            write(trial)
     if measures and able:
         Path(bench.job(None)["work_dir"]).mkdir(parents=True, exist_ok=True)
         with progress.phase("measuring", total=2 * len(able)):
@@ -90,12 +100,12 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
                 progress.item(f"latency of {trial.exp_id}, alone on its device", len(able) + done)
                 result = _wait([alone.remote(measures.measure_latency, bench.job(trial))])[0]
                 _merge(found[trial.trial_id], result, "latency")
-    events = []
-    for trial in todo:
-        record = build_record(bench, trial, found[trial.trial_id])
-        events.append(("record", {"trial_id": trial.trial_id, "record": record.to_dict()}))
-    if events:
-        bench.ledger.append_many(events)
+                write(trial)
+
+
+def _unmeasured(record: Mapping[str, Any] | None) -> bool:
+    """Whether there is something left to measure: a measurement that failed is tried again by --resume."""
+    return record is None or bool(record.get("unmeasured"))
 
 
 def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Record:
@@ -105,7 +115,7 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
     extra = {key: value for key, value in found.items() if key not in OWN_FIELDS | {"extra", "_errors"}}
     extra |= found.get("extra") or {}
     if bench.sweep.measure is None and state.results:
-        own, more = _from_last_result(state)
+        own, more = _from_best_result(state)
         measured, extra = own | measured, more | extra
     # On a shared core the clock also counts others' work: there the trainable's own CPU time is what a trial costs.
     busy = "epoch_s" if bench.cluster.gpus else "cpu_s"
@@ -127,11 +137,17 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
         "notes": _notes(state, found),
     }
     if trial.role == "trial":
-        extra = {"cpu_hours": None if bench.cluster.gpus else hours, **_late_rise(state, values), **extra}
+        epochs = bench.resolved.values.get("epochs", bench.sweep.epochs)
+        extra = {"cpu_hours": None if bench.cluster.gpus else hours, **_late_rise(state, epochs), **extra}
+    if found.get("_errors"):
+        extra["unmeasured"] = ", ".join(found["_errors"])
     row = {**values, **extra}
     row = {key: finite(value) if isinstance(value, float) else value for key, value in row.items()}
     record = Record.from_dict(row)
-    verdict, detail = judge(record, bench.sweep.gate, trial)
+    if bench.sweep.baseline and trial.role == "teacher":
+        verdict, detail = judge_baseline(record)
+    else:
+        verdict, detail = judge(record, bench.sweep.gate, trial)
     return Record.from_dict({**record.to_dict(), "verdict": verdict, "verdict_detail": detail})
 
 
@@ -145,6 +161,14 @@ def judge(record: Record, gate: Gate | None, trial: Planned) -> tuple[str, str]:
     verdicts = [one.judge(record, role=trial.role) for one in gates]
     worst = min((verdict.verdict for verdict in verdicts), key=["fail", "n/a", "pass"].index)
     return worst, "; ".join(dict.fromkeys(verdict.detail for verdict in verdicts))
+
+
+def judge_baseline(record: Record) -> tuple[str, str]:
+    """The reference's own verdict: it passes when every number that others are compared with was measured."""
+    missing = [name for name in BASELINE if getattr(record, name) is None]  # a record holds no other non-finite number
+    if missing:
+        return "fail", f"not measured: {', '.join(missing)}"
+    return "pass", f"{', '.join(BASELINE)} are all measured"
 
 
 def _params(trial: Planned) -> dict[str, Any]:
@@ -163,22 +187,37 @@ def _words(schedule: Mapping[str, Any]) -> str:
     return ", then ".join(f"{value:g} for {100 * share:g} %" for value, share in parts)
 
 
-def _from_last_result(state: TrialState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Where nothing is measured after training, the last validation is the result."""
-    metrics = state.results[-1][1]
+def _from_best_result(state: TrialState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where nothing is measured after training, the validation of the saved weights is the result.
+
+    Without a teacher val_drop is the drop against the trial's own best until then: the last one below zero is the
+    epoch whose weights were kept.
+    """
+    rows = [metrics for _, metrics in state.results]
+    valid = [row for row in rows if math.isfinite(row.get("val_drop", math.nan))] or rows[-1:]
+    metrics = next((row for row in reversed(valid) if row.get("val_drop", 0.0) < 0), valid[0])
     own = {"drop": metrics.get("val_drop"), "quality": metrics.get("val_quality")}
     own |= {key: value for key, value in metrics.items() if key in OWN_FIELDS}
     skip = {"val_drop", "val_quality", "epoch_s"}
     return own, {key: value for key, value in metrics.items() if key not in OWN_FIELDS and key not in skip}
 
 
-def _late_rise(state: TrialState, values: Mapping[str, Any]) -> dict[str, float]:
-    """How far validation rose above its best in the last third, in half widths of the drop's interval."""
-    drops, lo, hi = state.drops, values.get("drop_lo"), values.get("drop_hi")
-    if len(drops) < 3 or lo is None or hi is None or not hi > lo or not all(map(math.isfinite, drops)):
+def _late_rise(state: TrialState, epochs: int) -> dict[str, float]:
+    """How far validation rose above its best in the last third of the planned epochs, in half widths of the best
+    epoch's validation interval. Empty for fewer than 3 planned epochs and a training that ended before the last third.
+    """
+    best = min(
+        (metrics for _, metrics in state.results), key=lambda metrics: _or_inf(metrics.get("val_drop")), default={}
+    )
+    width = best.get("val_drop_hi", math.nan) - best.get("val_drop_lo", math.nan)
+    late = [drop for (epoch, _), drop in zip(state.results, state.drops, strict=True) if epoch > epochs - epochs // 3]
+    if not late or not width > 0 or not all(map(math.isfinite, late)):
         return {}
-    late = drops[-max(1, len(drops) // 3) :]
-    return {"late_rise": (max(late) - min(drops)) / ((hi - lo) / 2)}
+    return {"late_rise": (max(late) - state.best_drop) / (width / 2)}
+
+
+def _or_inf(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.inf
 
 
 def _notes(state: TrialState, found: Mapping[str, Any]) -> str | None:

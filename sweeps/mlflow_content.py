@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sweeps.journal import SweepState, TrialState
+from sweeps.settings import flat_params
+from trainables.config import WorkloadSettings
 
 Point = tuple[str, float, int, int]  # name, value, ms since the epoch, step
 
@@ -66,7 +68,18 @@ def params(state: SweepState, trial: TrialState | None) -> dict[str, str]:
     else:
         record = trial.record or {}
         shown = {key: record[key] for key in _INPUTS if record.get(key) is not None} | trial.params
+        if trial.role == "trial":
+            shown = _training(state.header.get("settings") or {}) | shown
     return {key: _param(key, value)[:_LONGEST_PARAM] for key, value in shown.items() if value is not None}
+
+
+def _training(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the settings say of training, for what a trial leaves to them: else comparisons of runs would have holes."""
+    other = {"search", "seed", *WorkloadSettings.model_fields}
+    own = {
+        key: value for key, value in settings.items() if key not in other and not key.startswith(("gate_", "trial "))
+    }
+    return flat_params(own)
 
 
 def points(event: Mapping[str, Any], ms: int) -> list[Point]:

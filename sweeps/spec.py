@@ -39,8 +39,9 @@ class Measures(Protocol):
     """What a sweep does beside training; the module `trainables.evaluate` is one. Every function runs as a
     Ray task.
 
-    A job is {"domain", "settings", "seed", "work_dir", "cache_dir", "trains" (whether there are trials)}; for the
-    two measurements also {"trial_id", "weights" (a path; None for the teacher), "params", "state_dir"}.
+    A job is {"domain", "settings", "seed", "work_dir", "cache_dir", "trials" (parameters of the
+    plan's trials)}; for the two measurements also {"trial_id", "weights" (a path; None for
+    the teacher), "params", "state_dir"}.
     """
 
     def prepare(self, job: Job) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def rule_of(sweep: Sweep, values: Mapping[str, Any]) -> StopLossRule:
     epochs = values.get("epochs", sweep.epochs)
     given = {key: values[key] for key in ("grace", "patience", "eta", "min_peers") if key in values}
     return StopLossRule(
-        budget=values.get("budget", limit if limit is not None else 0.01),
+        budget=limit if limit is not None else 0.01,
         max_evals=epochs,
         **(given if sweep.gate else {"grace": epochs}),
     )

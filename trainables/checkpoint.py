@@ -67,8 +67,8 @@ def load(path: Path, what: str = "checkpoint") -> dict[str, Any]:
 
 
 def model_hash(model: nn.Module) -> str:
-    """16 hex digits of the weights' names, shapes and bytes."""
-    digest = hashlib.sha256()
+    """16 hex digits of the weights' names, shapes and bytes and of the model's `config`, where it has one."""
+    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

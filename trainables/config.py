@@ -31,8 +31,8 @@ class WorkloadSettings(Settings):
     sampled_pairs: Count = 20
     neighbours: Count = 4
     views_per_scene: int = Field(8, ge=2)
-    val_pairs: Count = 512
-    test_pairs: Count = 2048
+    val_pairs: int = Field(512, ge=2)
+    test_pairs: int = Field(2048, ge=2)
     primary: Literal["absrel", "chamfer", "rmse", "delta1"] = "absrel"
     warmup: int = Field(5, ge=0)
     repeats: int = Field(60, ge=5)
@@ -65,8 +65,8 @@ class DistillSettings(Settings):
 
     teacher: str = "shipped"
     epochs: Count = 30
-    pairs_per_epoch: Count = 3072
-    train_pairs: Count = 32768
+    pairs_per_epoch: Count = 1536
+    train_pairs: Count = 16384
     batch_size: Count = 32
     lr: float = Field(5e-4, gt=0)
     lr_end: float = Field(0.01, ge=0, le=1)
@@ -80,11 +80,17 @@ class DistillSettings(Settings):
     heads: Ratio = 0.7
     ffn: Ratio = 0.7
     init: Literal["inherit", "scratch"] = "inherit"
-    budget: float = Field(0.01, gt=0)
     grace: Count = 3
     patience: Count = 3
     eta: int = Field(3, ge=2)
     min_peers: Count = 4
+
+    @model_validator(mode="after")
+    def _batches(self) -> DistillSettings:
+        for name in ("pairs_per_epoch", "train_pairs"):
+            if getattr(self, name) < self.batch_size:
+                raise ValueError(f"batch_size={self.batch_size} is larger than {name}={getattr(self, name)}")
+        return self
 
     @field_validator("beta")
     @classmethod

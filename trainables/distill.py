@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainables.domain import Batch, make_domain
-from trainables.gates import drop
+from trainables.gates import paired_drop
 from trainables.teacher_cache import TeacherCache, inherited, teacher_metrics
 from trainables.training import Training
 
@@ -31,10 +31,9 @@ class Distill(Training):
         self.domain = make()
         cache = Path(self.config["cache_dir"])
         self.signals = self.domain.signals()
-        states = any(signal.name != "kl" for signal in self.signals)
+        states = any(signal.states for signal in self.signals)
         self.cache = TeacherCache(cache, make, self.settings["train_pairs"], states)
-        reference = teacher_metrics(cache, self.domain, "val", full=False)
-        self.reference = float(reference[self.domain.primary].mean())
+        self.reference = teacher_metrics(cache, self.domain, "val", full=False)[self.domain.primary]
         self.model = self._student(cache)
         self.heads = self.domain.adapters() if states else nn.ModuleDict()
         self.trained = nn.ModuleList([self.model, self.heads])
@@ -75,11 +74,13 @@ class Distill(Training):
         return total, parts
 
     def validate(self) -> dict[str, float]:
-        """Mean metrics over the validation samples and the drop of the primary one against the teacher."""
-        means = {f"val_{name}": float(value.mean()) for name, value in self.domain.evaluate(self.model, "val").items()}
-        quality = means[f"val_{self.domain.primary}"]
-        fall = drop(quality, self.reference, self.domain.lower_is_better)
-        return {"val_drop": fall, "val_quality": quality, **means}
+        """Mean metrics over the validation samples; the drop of the primary one against the teacher, with interval."""
+        values = self.domain.evaluate(self.model, "val")
+        own = values[self.domain.primary]
+        fall = paired_drop(own.numpy(), self.reference.numpy(), self.domain.lower_is_better, seed=self.seed)
+        drops = {"val_drop": fall.value, "val_drop_lo": fall.lo, "val_drop_hi": fall.hi}
+        means = {f"val_{name}": float(value.mean()) for name, value in values.items()}
+        return {**drops, "val_quality": float(own.mean()), **means}
 
     def exported(self) -> dict[str, Any]:
         """The plain student and where it comes from; no adapter."""

@@ -24,10 +24,11 @@ DOMAINS = {"dust3r": "trainables.dust3r.domain:Dust3r"}
 
 @dataclass(frozen=True)
 class Signal:
-    """One distillation loss term: its name in the logs and its weight over training."""
+    """One distillation loss term: its name in the logs, its weight over training, and whether it needs states."""
 
     name: str
     weight: Schedule
+    states: bool = False
 
 
 class Domain(Protocol):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 from torch import nn
 
@@ -23,7 +24,6 @@ from engines.runtimes import OnnxRuntime, TorchRuntime
 from trainables.checkpoint import model_hash
 from trainables.domain import Domain, make_domain
 from trainables.gates import paired_drop
-from trainables.schedules import Schedule
 from trainables.teacher_cache import TeacherCache, inherited, teacher_metrics
 
 Job = dict[str, Any]
@@ -37,13 +37,14 @@ def prepare(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     domain, settings, cache = _domain(job), job["settings"], Path(job["cache_dir"])
     domain.teacher()
-    if job["trains"]:
+    if job["trials"]:
         teacher_metrics(cache, domain, "val", full=False)
         if settings["init"] == "inherit":
             inherited(cache, domain)
-        states = any(Schedule.from_data(settings["gamma"]).values)
-        make = partial(_domain, job)
-        TeacherCache(cache, make, settings["train_pairs"], states).build(workers=int(environment()["cores"] or 1))
+        trials = [make_domain(job["domain"], settings, params, job["seed"]) for params in job["trials"]]
+        for states in {any(signal.states for signal in trial.signals()) for trial in trials}:
+            make = partial(_domain, job)
+            TeacherCache(cache, make, settings["train_pairs"], states).build(int(environment()["cores"] or 1))
     return domain.sampled()
 
 
@@ -52,7 +53,8 @@ def measure_quality(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     domain = _domain(job)
     teacher = teacher_metrics(Path(job["cache_dir"]), domain, "test", full=True)
-    own = domain.evaluate(_model(job, domain), "test", full=True) if job["weights"] else teacher
+    model = _model(job, domain) if job["weights"] else domain.teacher()
+    own = domain.evaluate(model, "test", full=True) if job["weights"] else teacher
     primary = domain.primary
     change = paired_drop(
         own[primary].numpy(),
@@ -68,7 +70,7 @@ def measure_quality(job: Job) -> dict[str, Any]:
         "drop_lo": change.lo,
         "drop_hi": change.hi,
         "parent": f"teacher:{model_hash(domain.teacher())}" if job["weights"] else None,
-        "extra": {"test_samples": len(own[primary])},
+        "extra": {"test_samples": len(own[primary]), "weights": model_hash(model)},
     }
 
 
@@ -82,32 +84,33 @@ def measure_latency(job: Job) -> dict[str, Any]:
     device, threads = "cuda" if torch.cuda.is_available() else "cpu", settings["threads"]
     state = environment()
     domain = _domain(job)
-    folder = Path(job["work_dir"])
     models = {"teacher": domain.teacher()}
     if job["weights"]:
         models["own"] = _model(job, domain)
-    calls: dict[str, Callable[[], object]] = {}
-    runtimes: list[TorchRuntime | OnnxRuntime] = []
-    size = error = 0.0
-    for name, model in models.items():
-        module, inputs, names_in, names_out = domain.deployed(model)
-        path = folder / f"{name}_{model_hash(model)}.onnx"
-        error = export_onnx(module, inputs[0], path, names_in, names_out)
-        size = footprint.size_MB(path)
-        arrays = [tuple(tensor.numpy() for tensor in sample) for sample in inputs]
-        for engine in (TorchRuntime(module, device, threads), OnnxRuntime(path, device, threads)):
-            runtimes.append(engine)
-            calls[f"{name} {engine.name}"] = _next_sample(engine, arrays)
     own = "own" if "own" in models else "teacher"
-    torch_name, onnx_name = runtimes[0].name, runtimes[1].name
-    times = interleaved(
-        calls, f"teacher {torch_name}", settings["warmup"], settings["repeats"], settings["workload_seed"]
-    )
-    for engine in runtimes:
+    module, inputs, names_in, names_out = domain.deployed(models[own])
+    # Before the engines, which move the module to their device.
+    weight = {"params_M": footprint.params_M(models[own]), "flops_G": footprint.flops_G(module, inputs[0])}
+    memory = _memory(module, inputs[0], device)
+    onnx = device == "cpu" or "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    calls: dict[str, Callable[[], object]] = {}
+    engines: dict[str, TorchRuntime | OnnxRuntime] = {}
+    errors, sizes = {}, {}
+    for name, model in models.items():
+        module, inputs, _, _ = domain.deployed(model.to("cpu"))
+        path = Path(job["work_dir"]) / f"{name}_{model_hash(model)}.onnx"
+        errors[name] = export_onnx(module, inputs[0], path, names_in, names_out)
+        sizes[name] = footprint.size_MB(path)
+        engines[f"{name} torch"] = TorchRuntime(module, device, threads)
+        if onnx:
+            engines[f"{name} onnxruntime"] = OnnxRuntime(path, device, threads)
+    arrays = [tuple(tensor.numpy() for tensor in sample) for sample in inputs]
+    calls = {name: _next_sample(engine, arrays) for name, engine in engines.items()}
+    times = interleaved(calls, "teacher torch", settings["warmup"], settings["repeats"], settings["workload_seed"])
+    for engine in engines.values():
         engine.close()
-    best, plain = times[f"{own} {onnx_name}"], times[f"{own} {torch_name}"]
-    same = times[f"teacher {onnx_name}"].p50_ms / best.p50_ms
-    module, inputs, _, _ = domain.deployed(models[own])
+    runtime = "onnxruntime" if onnx else "torch"
+    best, plain, same = times[f"{own} {runtime}"], times[f"{own} torch"], times[f"teacher {runtime}"]
     extra = {
         "p50_lo": best.p50_lo,
         "p50_hi": best.p50_hi,
@@ -117,22 +120,21 @@ def measure_latency(job: Job) -> dict[str, Any]:
         "p50_ratio": best.ratio,
         "p50_ratio_lo": best.ratio_lo,
         "p50_ratio_hi": best.ratio_hi,
-        "p50_ratio_same_runtime": same,
-        "export_error": error,
+        "p50_ratio_same_runtime": same.p50_ms / best.p50_ms,
+        "export_error": errors[own],
         "threads": threads,
         **{key: value for key, value in state.items() if value is not None},
     }
-    memory = _memory(domain, models[own], device)
     return {
-        "params_M": footprint.params_M(models[own]),
-        "flops_G": footprint.flops_G(module, inputs[0]),
-        "size_MB": size,
+        **weight,
+        "size_MB": sizes[own],
         "vram_GB": memory if device == "cuda" else None,
         "t_pair_p50_ms": best.p50_ms,
         "t_pair_p95_ms": best.p95_ms,
         "pairs_per_sec": 1000.0 / best.p50_ms,
-        "engine": onnx_name,
+        "engine": runtime,
         "device": str(state.get("gpu") or state["cpu"]),
+        "notes": None if onnx else "timed in torch: this onnxruntime has no CUDA (install onnxruntime-gpu)",
         "extra": {**extra, **({} if device == "cuda" else {"ram_GB": memory})},
     }
 
@@ -150,11 +152,9 @@ def _next_sample(engine: TorchRuntime | OnnxRuntime, samples: list[tuple[np.ndar
     return lambda: engine.run(next(turn))
 
 
-def _memory(domain: Domain, model: nn.Module, device: str) -> float | None:
-    module, inputs, _, _ = domain.deployed(model)
-
+def _memory(module: nn.Module, sample: tuple[torch.Tensor, ...], device: str) -> float | None:
     def once() -> None:
         with torch.no_grad():
-            module.to(device)(*(tensor.to(device) for tensor in inputs[0]))
+            module.to(device)(*(tensor.to(device) for tensor in sample))
 
     return footprint.peak_vram_GB(once, device) if device == "cuda" else footprint.peak_ram_GB(once)

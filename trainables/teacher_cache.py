@@ -39,8 +39,7 @@ class TeacherCache:
         """`make` builds the domain; it must pickle where several processes fill the cache."""
         self.count, self.states, self._make = count, states, make
         domain = make()
-        identity = f"{model_hash(domain.teacher())}{domain.data_id()}{count}{'states' if states else ''}"
-        self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self.folder = folder / _digest(model_hash(domain.teacher()), domain.data_id(), count, states)
         self._arrays: dict[str, np.ndarray] = {}
 
     def build(self, workers: int = 1) -> None:
@@ -122,12 +121,14 @@ class _Filler:
         domain = self.make()
         teacher = domain.teacher()
         fast_linear.install(teacher)
-        return domain, teacher
+        return domain, teacher.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def _compute(self, rows: Tensor) -> Batch:
         domain, teacher = self._models
         batch = domain.samples("train", rows)
-        batch |= domain.teacher_outputs(teacher, batch)
+        device = next(teacher.parameters()).device
+        found = domain.teacher_outputs(teacher, {name: value.to(device) for name, value in batch.items()})
+        batch |= {name: value.cpu() for name, value in found.items()}
         return {name: value for name, value in batch.items() if self.states or not name.startswith(STATES)}
 
     def __getstate__(self) -> dict[str, object]:
@@ -146,6 +147,10 @@ def _fill(block: int) -> int:
     return _filler(block)
 
 
+def _digest(*identity: object) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a file lock: what is computed inside is computed by one process at a time, on every node of the storage."""
@@ -158,12 +163,13 @@ def locked(path: Path) -> Iterator[None]:
 def teacher_metrics(folder: Path, domain: Domain, split: str, full: bool) -> dict[str, Tensor]:
     """The teacher's metrics per sample on a fixed split, computed once by content (weights, code, protocol)."""
     teacher = domain.teacher()
-    identity = f"{model_hash(teacher)}{domain.split_id(split)}{full}"
-    path = folder / f"teacher_{split}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
+    path = folder / f"teacher_{split}_{_digest(model_hash(teacher), domain.split_id(split), full)}.npz"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "metrics.lock"):
         if not path.exists():
             values = {name: value.numpy() for name, value in domain.evaluate(teacher, split, full).items()}
+            if not all(np.isfinite(value).all() for value in values.values()):
+                raise InputError(f"the teacher's {split} metrics are not finite: give another teacher=PATH")
             temporary = folder / f".{path.stem}.{os.getpid()}.npz"
             np.savez(temporary, allow_pickle=False, **values)
             os.replace(temporary, path)

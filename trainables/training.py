@@ -75,11 +75,15 @@ class Training(Trainable):
         self._seed_all()
         self.build()
         self._seed_all()  # what building drew depends on what other trials had left in the cache
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.trained.to(self.device)
         fast_linear.install(self.trained)
         self.steps_per_epoch = max(1, self.settings["pairs_per_epoch"] // self.settings["batch_size"])
         self.optimizer = torch.optim.AdamW(
             _weight_groups(self.trained, self.settings["weight_decay"]), lr=1.0, betas=(0.9, 0.95), fused=True
         )
+        for left in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         state = self.folder / "state.pt"
         if state.exists():
             self._restore(checkpoint.load(state, "state"))
@@ -128,6 +132,7 @@ class Training(Trainable):
         sums: dict[str, float] = {}
         step, mark = self.epoch * self.steps_per_epoch, time.perf_counter()
         for batch in self.batches(self.epoch + 1):
+            batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
             waited += time.perf_counter() - mark
             for name, value in self.train_step(batch, step, total).items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())

@@ -30,7 +30,7 @@ def shown(records: list[Record]) -> str:
 def test_the_table_says_what_was_measured_and_what_came_out() -> None:
     text = shown([r for r, _ in three()])
     head = text.splitlines()[0]
-    for word in ("k_grid_demo_seed42", "3fa9c02b77e1", "K_teacher_run1", "2048 test pairs", "onnxruntime"):
+    for word in ("k_grid_demo_seed42", "3fa9c02b77e1", "against dust3r_teacher", "2048 test pairs", "onnxruntime"):
         assert word in head
     (line,) = [line for line in text.splitlines() if "K_T3B05_sched_run1" in line]
     for word in ("0.5, then 0.7", "9", "+9.30 [+7.00, +12.00]", "20.90", "fail", "stop_loss"):

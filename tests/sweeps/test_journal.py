@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 
 from engines.errors import InputError
+from sweeps import journal as journal_module
 from sweeps.journal import Journal, SweepState, read_events
+from sweeps.ledger import Ledger
 
 HEADER = dict(sweep_id="s1", name="k", stage="K", domain="dust3r", profile="demo", config_hash="c", workload_hash="w")
 TRIAL = dict(exp_id="K_a_run1", task_id="K-1", role="trial", params={"T": 3.0, "note": "a"}, saves=None)
@@ -166,3 +168,43 @@ journal.append("end", status="finished")
     assert kinds == [event["event"] for event in before] + ["resume", "end"]
     assert path.read_bytes().endswith(b"\n")
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_trial_that_is_tried_again_leaves_its_failure_behind(tmp_path):
+    path = write_example(tmp_path / "s")
+    with Journal.open(tmp_path / "s") as journal:
+        journal.append("record", trial_id="b", record={"exp_id": "K_b_run1", "stop_reason": "failed"})
+        assert SweepState.replay(path).trials["b"].record and SweepState.replay(path).trials["b"].error
+        journal.append("result", trial_id="b", epoch=3, metrics={"val_drop": 0.1})
+        trial = SweepState.replay(path).trials["b"]
+        assert trial.record is None and trial.error is None
+        journal.append("record", trial_id="b", record={"exp_id": "K_b_run1"})
+        journal.append("stop", trial_id="b", epoch=3, reason="completed", detail="")
+        assert SweepState.replay(path).trials["b"].record is None
+        journal.append("record", trial_id="b", record={"exp_id": "K_b_run1"})
+    assert SweepState.replay(path).trials["b"].record
+
+
+def test_a_lock_on_a_removed_file_is_no_lock(tmp_path, monkeypatch):
+    """A driver that abandons its sweep removes the lock file between our opening and locking it."""
+    folder = tmp_path / "s"
+    take, calls = journal_module._take, []
+
+    def slow(lock, folder):
+        if not calls:
+            (folder / "journal.lock").unlink()
+        calls.append(lock)
+        take(lock, folder)
+
+    monkeypatch.setattr(journal_module, "_take", slow)
+    with Journal.open(folder):
+        assert len(calls) == 2
+        with pytest.raises(InputError, match="in use by process"):
+            Journal.open(folder)
+
+
+def test_an_abandoned_sweep_leaves_nothing_and_frees_its_folder(tmp_path):
+    ledger = Ledger.open(tmp_path / "s", resume=False)
+    ledger.abandon()
+    assert not (tmp_path / "s").exists()
+    Ledger.open(tmp_path / "s", resume=False).abandon()

@@ -107,7 +107,8 @@ def tiny(teacher_file, tmp_path):
     def job(weights=None, trains=True, **changes):
         (tmp_path / "work").mkdir(exist_ok=True)
         return {
-            **{"domain": "dust3r", "settings": settings(**changes), "params": {}, "seed": 7, "trains": trains},
+            **{"domain": "dust3r", "settings": settings(**changes), "params": {}, "seed": 7},
+            "trials": [{}] if trains else [],
             **{"work_dir": str(tmp_path / "work"), "cache_dir": str(tmp_path / "cache")},
             "weights": str(weights) if weights else None,
         }

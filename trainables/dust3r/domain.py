@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from trainables import checkpoint
 from trainables.checkpoint import model_hash
 from trainables.config import DistillSettings, WorkloadSettings
 from trainables.domain import Batch, Outputs, Signal
+from trainables.dust3r import blocks, dpt, losses, metrics, pairs, rooms
 from trainables.dust3r import inherit as inheritance
-from trainables.dust3r import losses, metrics, pairs, rooms
+from trainables.dust3r import model as model_code
 from trainables.dust3r.model import DUSt3R, from_reference_config
 from trainables.schedules import Schedule
 
@@ -45,6 +47,14 @@ SMALL_TEACHER: dict[str, Any] = {
 }
 CALIBRATION_PAIRS = 256
 STATES = ("enc1", "enc2", "dec1", "dec2")
+# What is cached depends on this code. Read at import: an edit during a sweep must not change its identities.
+_MODULES = (rooms, metrics, losses, blocks, dpt, model_code, inheritance, sys.modules[__name__])
+_CODE = "".join(map(inspect.getsource, _MODULES))
+
+
+def _digest(*identity: object) -> str:
+    """16 hex digits of the code and of plain data."""
+    return hashlib.sha256(json.dumps([_CODE, *identity]).encode()).hexdigest()[:16]
 
 
 def _part(model: type[BaseModel], settings: Mapping[str, Any]) -> Any:
@@ -92,9 +102,8 @@ class Dust3r:
 
     def student_id(self) -> str:
         """Hash of the teacher's weights, the ratios, the inheriting code and the calibration pairs."""
-        d, code = self.distill, inspect.getsource(inheritance)
-        text = f"{model_hash(self.teacher())}{d.depth} {d.heads} {d.ffn}{code}{self.data_id()}{CALIBRATION_PAIRS}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        d = self.distill
+        return _digest(model_hash(self.teacher()), d.depth, d.heads, d.ffn, self.data_id(), CALIBRATION_PAIRS)
 
     def load(self, path: Path) -> DUSt3R:
         """A model from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
@@ -115,17 +124,14 @@ class Dust3r:
 
     # ------------------------------------------------------------------ data
     def data_id(self) -> str:
-        """Hash of the renderer's code, the seed and the image size."""
-        code = inspect.getsource(rooms)
-        return hashlib.sha256(f"{code}{self.seed}{self.workload.image_size}".encode()).hexdigest()[:12]
+        """Hash of the code, the seed and the image size."""
+        return _digest("samples", self.seed, self.workload.image_size)
 
     def split_id(self, split: str) -> str:
-        """Hash of the renderer's and the metrics' code and the protocol."""
-        code = inspect.getsource(rooms) + inspect.getsource(metrics)
+        """Hash of the code, the split and the protocol."""
         w = self.workload
         count = w.test_pairs if split == "test" else w.val_pairs
-        text = f"{code}{split}{count}{w.workload_seed}{w.image_size}{self.primary}"
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return _digest(split, count, w.workload_seed, w.image_size, self.primary)
 
     def samples(self, split: str, indices: Tensor) -> Batch:
         """Directed pairs: index 2 s and 2 s + 1 are scene s seen both ways.
@@ -193,7 +199,7 @@ class Dust3r:
         d = self.distill
         terms = [
             Signal("kl", Schedule.from_data(d.beta)),
-            Signal("feature", Schedule.from_data(d.gamma)),
+            Signal("feature", Schedule.from_data(d.gamma), states=True),
         ]
         return [term for term in terms if any(term.weight.values)]
 
@@ -230,11 +236,13 @@ class Dust3r:
         """Every pair's metrics, (pairs,) each, on a fixed split; `full` adds chamfer, which is slow."""
         parts: list[dict[str, Tensor]] = []
         full = full or self.primary == "chamfer"
-        for batch in self.fixed_pairs(split):
+        device = next(model.parameters()).device
+        for pairs_ in self.fixed_pairs(split):
+            batch = {name: value.to(device) for name, value in pairs_.items()}
             out = self.forward(model, batch)
             true = batch["points"]
             parts.append(metrics.per_pair(out["pts1"], out["pts2"], true[:, 0], true[:, 1], chamfer=full))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
     def fixed_pairs(self, split: str) -> list[Batch]:
         """The pairs of a fixed split (see :meth:`scene_pairs`), rendered once per process, 32 to a batch."""

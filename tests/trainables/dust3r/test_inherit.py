@@ -161,7 +161,7 @@ def test_redundant_channels_and_heads_are_cut_without_loss(monkeypatch):
                     for parameter in (layer.weight, layer.bias):
                         packed = parameter.unflatten(0, (-1, block.cross_attn.head_dim))
                         packed[1::2] = packed[::2]
-    monkeypatch.setattr(inherit, "_RIDGE", 1e-6)  # the usual pull towards the teacher's weights costs 1 %
+    monkeypatch.setattr(inherit, "_RIDGE", 1e-6)  # the usual pull towards the teacher's weights costs more than 1 %
     images = pairs(48, 1)
     student = student_of(teacher, 1.0, 0.5, 0.5, images)
     assert output_error(teacher, student, pairs(8, 2)) < 0.01
