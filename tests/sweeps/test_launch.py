@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from sweeps.journal import SweepState, read_events
-from sweeps.launch import run
+from sweeps.launch import comparing, masked, run
 from trainables.record import read_csv
 
 TOY = Path(__file__).with_name("toy_sweep.py")
@@ -171,6 +171,50 @@ def test_nothing_is_lost_when_the_driver_dies(tmp_path: Path) -> None:
     runs = mlflow_runs(tmp_path)
     assert len(runs) == 4 and "RUNNING" not in runs.values()
     assert mlflow_steps(tmp_path, "T_good_run1") == list(range(1, 9))
+
+
+def test_resume_tries_again_what_failed(tmp_path: Path) -> None:
+    """A training and a measurement that failed are done again, and their old records do not survive it."""
+    folder, env = tmp_path / NAME, {"TOY_TRIALS": "healing"}
+    code, _, err = finish(start(tmp_path, **env))
+    assert code == 0, err
+    before = {trial.task_id: trial.record or {} for trial in replay(folder).trials.values()}
+    assert before["T-2"]["stop_reason"] == "failed" and before["T-2"]["epochs"] == 2
+    assert before["T-3"]["unmeasured"] == "latency" and before["T-3"]["t_pair_p50_ms"] is None
+    assert "latency not measured: RuntimeError: the toy cannot be timed" in before["T-3"]["notes"]
+
+    (folder / "healed").touch()
+    code, _, err = finish(start(tmp_path, "--resume", **env))
+    assert code == 0, err
+    after = {trial.task_id: trial.record or {} for trial in replay(folder).trials.values()}
+    assert after["T-2"]["stop_reason"] == "completed" and after["T-2"]["epochs"] == 4
+    assert after["T-2"]["verdict"] == "pass" and not after["T-2"]["notes"]
+    assert after["T-3"]["t_pair_p50_ms"] == 1.0 and "unmeasured" not in after["T-3"] and not after["T-3"]["notes"]
+    assert after["T-1"] == before["T-1"], "what was finished was measured again"
+    assert mlflow_runs(tmp_path)["T_sick_run1"] == "FINISHED"
+
+
+@pytest.mark.parametrize("trials", ["hopeless", "baseline"])
+def test_a_sweep_that_ends_with_nothing_to_use_says_so(tmp_path: Path, trials: str) -> None:
+    """No weights at all; and a baseline of which the toy measures half."""
+    code, out, err = finish(start(tmp_path, TOY_TRIALS=trials))
+    assert code == 1 and not err, err
+    assert "Wall time" in out and replay(tmp_path / NAME).ended == "finished"
+    if trials == "baseline":
+        record = json.loads((tmp_path / NAME / "files" / "teacher.json").read_text())
+        assert record["verdict"] == "fail"
+        assert record["verdict_detail"] == (
+            "not measured: chamfer, rmse, delta1, params_M, flops_G, size_MB, pairs_per_sec"
+        )
+
+
+def test_passwords_stay_off_the_screen() -> None:
+    assert comparing("http://host:5000") == "open http://host:5000"
+    assert comparing("sqlite:////a b/mlflow.db") == "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"
+    assert comparing("postgresql://me:s3cr:et@host/db") == "mlflow ui --backend-store-uri 'postgresql://me:***@host/db'"
+    assert masked("k_grid --tracking-uri mysql+pymysql://a:b@h/d --seed 1") == (
+        "k_grid --tracking-uri mysql+pymysql://a:***@h/d --seed 1"
+    )
 
 
 @pytest.fixture

@@ -111,7 +111,8 @@ def test_a_sweep_in_sqlite_reads_as_promised(tmp_path, paper):
     assert parent.info.run_name == "k_grid_demo_seed1" and parent.data.tags["role"] == "sweep"
     assert parent.data.params == {"lr": "0.001", "size": "64x64"}
     assert a.info.run_name == "K_a_run1"
-    assert a.data.params == {"T": "3.0", "beta": "0.5", "seed": "7"}
+    shared = {"lr": "0.001", "size": "64x64"}  # what the trial leaves to the settings
+    assert a.data.params == {"T": "3.0", "beta": "0.5", "seed": "7"} | shared
     expected = dict(sweep_id=sweep.id, trial_id="a", exp_id="K_a_run1", task_id="K-1", role="trial", stage="K")
     expected |= dict(domain="dust3r", profile="demo", workload_hash="w1", config_hash="c1", git_commit="abc")
     expected |= {"verdict": "fail", "stop_reason": "completed", "mlflow.parentRunId": parent.info.run_id}

@@ -20,7 +20,7 @@ EPOCHS = int(os.environ.get("TOY_EPOCHS", "4"))
 
 
 class Toy(Trainable):
-    """drop = floor + 1 / epoch / 10; `fault` at epoch `at`: raise, nan, kill (once), input."""
+    """drop = floor + 0.1 / epoch^2; `fault` at epoch `at`: raise, nan, kill (once), sick (raise until healed)."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.config_ = config
@@ -42,6 +42,8 @@ class Toy(Trainable):
         fault, at = self.params.get("fault"), self.params.get("at", 2)
         if fault == "raise" and self.epoch + 1 == at:
             raise RuntimeError("the toy broke")
+        if fault == "sick" and self.epoch + 1 == at and not healed(self.config_):
+            raise RuntimeError("the toy is sick")
         once = self.folder / "killed"
         if fault == "kill" and self.epoch + 1 == at and not once.exists():
             once.touch()
@@ -62,6 +64,11 @@ class Toy(Trainable):
         return {"epoch": self.epoch, "val_drop": drop, "val_quality": 0.1 * (1 + drop)}
 
 
+def healed(job: dict[str, Any]) -> bool:
+    """Whether the test has put the file `healed` into the sweep's folder."""
+    return (Path(job["state_dir"]).parents[1] / "healed").exists()
+
+
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
     Path(job["cache_dir"]).mkdir(parents=True, exist_ok=True)
     return {}
@@ -80,6 +87,8 @@ def measure_quality(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_latency(job: dict[str, Any]) -> dict[str, Any]:
+    if job["params"].get("fault") == "shy" and not healed(job):
+        raise RuntimeError("the toy cannot be timed")
     p50 = 2.0 if job["weights"] is None else 1.0
     return {
         "t_pair_p50_ms": p50,
@@ -102,6 +111,13 @@ TRIALS = {
         Trial("T-3", combo="raises", keyparams="", fault="raise"),
         Trial("T-4", combo="killed", keyparams="", floor=0.005, fault="kill", at=3),
     ],
+    "healing": [
+        Trial("T-1", combo="good", keyparams="", floor=0.0, saves="good.pth"),
+        Trial("T-2", combo="sick", keyparams="", fault="sick", at=3),
+        Trial("T-3", combo="shy", keyparams="", fault="shy"),
+    ],
+    "hopeless": [Trial("T-1", combo="raises", keyparams="", fault="raise", at=1)],
+    "baseline": [],
 }
 
 SWEEP = Sweep(
@@ -116,6 +132,7 @@ SWEEP = Sweep(
     search_task="T-search",
     best="best.pth",
     log="log.json",
+    baseline="teacher.json" if os.environ.get("TOY_TRIALS") == "baseline" else None,
     name="toy",
 )
 
