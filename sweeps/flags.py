@@ -57,6 +57,9 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
     add("--dry-run", action="store_true", help="print trials, files and estimated cost, and start nothing")
     add("--seed", type=int, default=42, help="seed of the trials (default: %(default)s)")
     given = parser.parse_args(argv)
+    for flag in ("storage", "tracking_uri", "address"):
+        if getattr(given, flag) == "":
+            raise InputError(f"--{flag.replace('_', '-')} is empty: give a value or leave it out")
     if given.seed < 0:
         raise InputError(f"--seed {given.seed}: expected 0 or more")
     return Flags(

@@ -8,6 +8,7 @@ progress.
 import contextlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def main(sweep: Sweep, argv: Sequence[str] | None = None) -> None:
 
 def run(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
     """`main` with the exit code as its result."""
-    command = shlex.join([Path(sys.executable).name, *sys.argv] if argv is None else [sweep.name, *argv])
+    command = shlex.join([program("python"), *sys.argv] if argv is None else [sweep.name, *argv])
     try:
         order = take_order(sweep, argv, command)
         if order.given.dry_run:
@@ -278,7 +279,14 @@ def comparing(uri: str) -> str:
     """What to type to see the runs in MLflow."""
     if uri.startswith(("http://", "https://")):
         return f"open {masked(uri)}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(masked(uri))}"
+    return f"{program('mlflow')} ui --backend-store-uri {shlex.quote(masked(uri))}"
+
+
+def program(name: str) -> str:
+    """How to call a program of this environment from here: its name alone where the shell would find this very one."""
+    own = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    return name if not own.exists() or (found and Path(found).parent == own.parent) else shown(own)
 
 
 def masked(text: str) -> str:

@@ -137,8 +137,8 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
         "notes": _notes(state, found),
     }
     if trial.role == "trial":
-        epochs = bench.resolved.values.get("epochs", bench.sweep.epochs)
-        extra = {"cpu_hours": None if bench.cluster.gpus else hours, **_late_rise(state, epochs), **extra}
+        # A trial that was stopped is judged by the last third of what it ran.
+        extra = {"cpu_hours": None if bench.cluster.gpus else hours, **_late_rise(state, state.epoch), **extra}
     if found.get("_errors"):
         extra["unmeasured"] = ", ".join(found["_errors"])
     row = {**values, **extra}
@@ -203,8 +203,8 @@ def _from_best_result(state: TrialState) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _late_rise(state: TrialState, epochs: int) -> dict[str, float]:
-    """How far validation rose above its best in the last third of the planned epochs, in half widths of the best
-    epoch's validation interval. Empty for fewer than 3 planned epochs and a training that ended before the last third.
+    """How far validation rose above its best in the last third of `epochs`, in half widths of the best epoch's
+    validation interval. Empty for fewer than 3 epochs and a training that ended before the last third.
     """
     best = min(
         (metrics for _, metrics in state.results), key=lambda metrics: _or_inf(metrics.get("val_drop")), default={}

@@ -83,14 +83,14 @@ def check_reachable(uri: str, timeout_s: float = 5.0) -> None:
 
 def _check_file(path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        here = next(folder for folder in path.parents if folder.exists())
         if path.exists():
             with path.open("r+b") as file:
                 start = file.read(16)
             if start and start != b"SQLite format 3\0":
                 raise InputError(f"{path}: not a sqlite database; give another --tracking-uri")
-        elif not os.access(path.parent, os.W_OK):
-            raise InputError(f"{path.parent}: cannot be written, expected a folder for the MLflow database")
+        elif not here.is_dir() or not os.access(here, os.W_OK):
+            raise InputError(f"{here}: cannot be written, expected a folder for the MLflow database (see --storage)")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a writable file for the MLflow database") from None
 
@@ -140,6 +140,9 @@ class Tracker:
     def start(self) -> None:
         """Start the process; returns at once. The journal need not have any line yet."""
         folder = self.journal.parent
+        database = sqlite_path(self.uri)
+        if database:
+            database.parent.mkdir(parents=True, exist_ok=True)
         root = str(Path(__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = _ENVIRONMENT | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths)}

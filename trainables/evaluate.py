@@ -6,6 +6,7 @@ latency alone on its device and interleaved with the teacher, so that the ratio 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
@@ -154,7 +155,8 @@ def _next_sample(engine: TorchRuntime | OnnxRuntime, samples: list[tuple[np.ndar
 
 def _memory(module: nn.Module, sample: tuple[torch.Tensor, ...], device: str) -> float | None:
     def once() -> None:
+        # A copy, so that the weights count too.
         with torch.no_grad():
-            module.to(device)(*(tensor.to(device) for tensor in sample))
+            copy.deepcopy(module).to(device)(*(tensor.to(device) for tensor in sample))
 
     return footprint.peak_vram_GB(once, device) if device == "cuda" else footprint.peak_ram_GB(once)
