@@ -35,9 +35,7 @@ def parser() -> argparse.ArgumentParser:
         help="quality against latency: pareto.csv, pareto.png, pareto.html; learning curves: curves.png",
     )
     pareto.add_argument("--out", required=True, metavar="DIR", help="folder for the files, made if missing")
-    pareto.add_argument(
-        "--no-log", action="store_true", help="do not attach the files to the sweep's run in MLflow"
-    )
+    pareto.add_argument("--no-log", action="store_true", help="do not attach the files to the sweep's run in MLflow")
     table = commands.add_parser("table", parents=[source], help="the verdict table")
     table.add_argument("--csv", metavar="FILE", help="also write it as CSV, with full precision")
     table.add_argument("--markdown", metavar="FILE", help="also write it as Markdown")

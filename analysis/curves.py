@@ -53,9 +53,7 @@ def compute(data: SweepData, key: str = "val_drop") -> tuple[Curve, ...]:
         if points and row["role"] != "teacher":
             epochs, drops = zip(*points, strict=True)
             reason = row.get("stop_reason")
-            curves.append(
-                Curve(str(row["exp_id"]), kind_of(row), epochs, drops, reason if is_stop(reason) else None)
-            )
+            curves.append(Curve(str(row["exp_id"]), kind_of(row), epochs, drops, reason if is_stop(reason) else None))
     return tuple(curves)
 
 
@@ -78,18 +76,14 @@ def draw(data: SweepData, pareto: Pareto, path: Path) -> None:
     picture.save(figure, path)
 
 
-def _plot(
-    figure: Figure, ax: MplAxes, curves: Sequence[Curve], pareto: Pareto, labels: Mapping[str, str]
-) -> None:
+def _plot(figure: Figure, ax: MplAxes, curves: Sequence[Curve], pareto: Pareto, labels: Mapping[str, str]) -> None:
     limit = pareto.gate.drop_pct if pareto.gate else None
     drops = [value for curve in curves for value in curve.drop if math.isfinite(value)]
     scale = choose(drops, limit)
     low, high = limits(scale, [*drops, *([limit / 2] if limit is not None else [])])
     last_epoch = max(curve.epochs[-1] for curve in curves)
     first_epoch = min(curve.epochs[0] for curve in curves)
-    axes = style.Axes(
-        Scale(), scale, (first_epoch - 0.4, last_epoch + max(0.4, 0.02 * last_epoch)), (low, high)
-    )
+    axes = style.Axes(Scale(), scale, (first_epoch - 0.4, last_epoch + max(0.4, 0.02 * last_epoch)), (low, high))
     picture.set_axes(ax, axes, "epoch", "◀ better      drop on the validation split (%)")
     whole = [tick for tick in ax.get_xticks() if float(tick).is_integer()]
     ax.set_xticks(whole, [f"{tick:g}" for tick in whole])
@@ -183,9 +177,7 @@ def _label_texts(curves: Sequence[Curve]) -> dict[str, str]:
     return {c.exp_id: names[c.exp_id] + (f" · {c.stop_reason}" if c.stop_reason else "") for c in shown}
 
 
-def _name(
-    figure: Figure, ax: MplAxes, curves: Sequence[Curve], scale: Scale, labels: Mapping[str, str]
-) -> None:
+def _name(figure: Figure, ax: MplAxes, curves: Sequence[Curve], scale: Scale, labels: Mapping[str, str]) -> None:
     named = [(curve, curve.last) for curve in curves if curve.exp_id in labels]
     ends = [(curve, last) for curve, last in named if last is not None]
     area = ax.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]

@@ -204,9 +204,7 @@ def _layout(figure: go.Figure, axes: Axes, pareto: Pareto) -> None:
         },
     )
     if axes.x.linear_to is not None:
-        figure.update_xaxes(
-            tickvals=[axes.x.map(v) for v, _ in x_ticks], ticktext=[label for _, label in x_ticks]
-        )
+        figure.update_xaxes(tickvals=[axes.x.map(v) for v, _ in x_ticks], ticktext=[label for _, label in x_ticks])
     for annotation in _labels(axes, pareto):
         figure.add_annotation(annotation)
 
@@ -238,9 +236,7 @@ def _labels(axes: Axes, pareto: Pareto) -> list[dict[str, Any]]:
         soft.append(Box(0, gate - 1, _AREA.right, gate + 1))
         hard.append(Box(_AREA.right - 150, gate, _AREA.right, gate + 22))
     found = []
-    for (point, text), anchor, box in zip(
-        wanted, anchors, place(anchors, sizes, hard, soft, _AREA), strict=True
-    ):
+    for (point, text), anchor, box in zip(wanted, anchors, place(anchors, sizes, hard, soft, _AREA), strict=True):
         if box is None:
             continue
         dx, dy = (box.left + box.right) / 2 - anchor[0], anchor[1] - (box.bottom + box.top) / 2

@@ -127,9 +127,7 @@ def compute(data: SweepData) -> Pareto:
     """Points, front and hypervolume of a sweep. Raises InputError for different workloads, or no trial."""
     rows = data.trials.to_dicts()
     if not rows:
-        raise InputError(
-            f"--sweep {data.name}: no trial is logged yet; wait for its first or resume the sweep"
-        )
+        raise InputError(f"--sweep {data.name}: no trial is logged yet; wait for its first or resume the sweep")
     check_one_workload(rows)
     gate = gate_of(data.settings)
     candidates: list[Point] = []
@@ -169,8 +167,7 @@ def mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
     best = moocore.is_nondominated(plane, keep_weakly=True)
     chosen = {i for i, keep in zip(allowed, best, strict=True) if keep}
     return tuple(
-        Point(p.exp_id, p.kind, p.p50, p.drop, i in chosen, p.stop_reason, p.record)
-        for i, p in enumerate(points)
+        Point(p.exp_id, p.kind, p.p50, p.drop, i in chosen, p.stop_reason, p.record) for i, p in enumerate(points)
     )
 
 
@@ -236,9 +233,7 @@ def headline(rows: Sequence[Mapping[str, Any]], gate: Limit | None) -> str:
     trials = [row for row in rows if row["role"] != "teacher"]
     passed = sum(row.get("verdict") == "pass" for row in trials)
     stopped = sum(is_stop(row.get("stop_reason")) for row in trials)
-    what = (
-        f"{passed} of {len(trials)} trials meet the gate ({gate.text})" if gate else f"{len(trials)} trials"
-    )
+    what = f"{passed} of {len(trials)} trials meet the gate ({gate.text})" if gate else f"{len(trials)} trials"
     return what + (f"  ·  {stopped} stopped early" if stopped else "")
 
 
@@ -311,11 +306,7 @@ def _point(row: Mapping[str, Any]) -> Point | str:
     missing = [name for name, value in (("p50", p50), ("drop", drop)) if value is None]
     if p50 is None or drop is None:
         why = f"no {' and no '.join(missing)}"
-        state = (
-            f"stopped: {row['stop_reason']}"
-            if is_stop(row.get("stop_reason"))
-            else str(row["status"]).lower()
-        )
+        state = f"stopped: {row['stop_reason']}" if is_stop(row.get("stop_reason")) else str(row["status"]).lower()
         return f"{why}; {state}"
     reason = row.get("stop_reason")
     return Point(str(row["exp_id"]), kind_of(row), p50, drop, False, reason if is_stop(reason) else None, row)

@@ -110,17 +110,12 @@ def _plane(figure: Figure, ax: MplAxes, pareto: Pareto) -> None:
     above, below = split_at(line, limit)
     for part, dashes in ((above, (0, (1, 2))), (below, "-")):
         if part:
-            ax.plot(
-                *_places(axes, part), color=style.FRONT, linewidth=1.6, alpha=0.75, linestyle=dashes, zorder=2
-            )
+            ax.plot(*_places(axes, part), color=style.FRONT, linewidth=1.6, alpha=0.75, linestyle=dashes, zorder=2)
     for look, group in style.kinds(pareto.points):
         _marks(ax, axes, look, group)
     # One entry for all hollow marks: an entry for each does not fit above the axes.
     looks = dict.fromkeys(
-        style.plain(point.kind)
-        for look in style.MARKS
-        for point in pareto.points
-        if style.mark(point) == look
+        style.plain(point.kind) for look in style.MARKS for point in pareto.points if style.mark(point) == look
     )
     handles = [Line2D([], [], linestyle="none", label=look.word, **_mark_style(look)) for look in looks]
     if any(not style.mark(point).filled for point in pareto.points):
@@ -235,9 +230,7 @@ def _labels(figure: Figure, ax: MplAxes, axes: Axes, pareto: Pareto, line: Seque
         soft += [Box(left, y - unit, right, y + unit), Box(x - unit, low, x + unit, high)]
     corners = [pixel(x, y) for x, y in line]
     for (ax0, ay0), (ax1, ay1) in zip(corners, corners[1:], strict=False):
-        soft.append(
-            Box(min(ax0, ax1) - unit, min(ay0, ay1) - unit, max(ax0, ax1) + unit, max(ay0, ay1) + unit)
-        )
+        soft.append(Box(min(ax0, ax1) - unit, min(ay0, ay1) - unit, max(ax0, ax1) + unit, max(ay0, ay1) + unit))
     area = ax.get_window_extent(renderer)
     bounds = Box(area.x0, area.y0, area.x1, area.y1)
     if pareto.gate and pareto.gate.drop_pct is not None:
@@ -245,9 +238,7 @@ def _labels(figure: Figure, ax: MplAxes, axes: Axes, pareto: Pareto, line: Seque
         soft.append(Box(area.x0, gate - unit, area.x1, gate + unit))
         hard.append(Box(area.x1 - 120 * unit, gate, area.x1, gate + 16 * unit))  # the gate's own name
     missing = 0
-    for drawn, anchor, box in zip(
-        texts, anchors, place(anchors, sizes, hard, soft, bounds, unit), strict=True
-    ):
+    for drawn, anchor, box in zip(texts, anchors, place(anchors, sizes, hard, soft, bounds, unit), strict=True):
         if box is None:
             drawn.remove()
             missing += 1

@@ -28,9 +28,7 @@ class Scale:
             return _linear_ticks(low, high, at_most)
         wanted: list[float] = []
         for steps in ((1, 2, 5), (1, 3), (1,)):
-            decades = range(
-                math.floor(math.log10(self.linear_to)), math.ceil(math.log10(_size(low, high))) + 1
-            )
+            decades = range(math.floor(math.log10(self.linear_to)), math.ceil(math.log10(_size(low, high))) + 1)
             sizes = [step * 10.0**decade for decade in decades for step in steps]
             sizes = [size for size in sizes if size >= self.linear_to * 0.999]
             half = [self.linear_to / 2] if steps == (1, 2, 5) else []

@@ -97,9 +97,7 @@ def load(tracking_uri: str, sweep: str, curve_keys: Sequence[str] = ("val_drop",
         if not found:
             known = list(dict.fromkeys(run.name for run in parents))
             more = f" and {len(known) - 20} more" if len(known) > 20 else ""
-            raise InputError(
-                f"--sweep {sweep!r} is not in {tracking_uri}; known: {', '.join(known[:20])}{more}"
-            )
+            raise InputError(f"--sweep {sweep!r} is not in {tracking_uri}; known: {', '.join(known[:20])}{more}")
         parent = found[0]
         notes = []
         if len(found) > 1:
@@ -236,9 +234,7 @@ class SqlStore:
             " where t.key = ? and t.value = ?",
             (*keys, PARENT_TAG, parent_id),
         )
-        return [
-            (run, key, step, time, finite_or_inf(value, nan)) for run, key, step, time, value, nan in rows
-        ]
+        return [(run, key, step, time, finite_or_inf(value, nan)) for run, key, step, time, value, nan in rows]
 
     def _runs(self, key: str, value: str) -> list[Run]:
         where = (
@@ -258,10 +254,7 @@ class SqlStore:
                 "select r.run_uuid, x.key, x.value" + where.format(join), (key, value)
             ):
                 facts[run_id][index][name] = text
-        return [
-            Run(run_id, name or "", status, start or 0, *facts[run_id])
-            for run_id, name, status, start in heads
-        ]
+        return [Run(run_id, name or "", status, start or 0, *facts[run_id]) for run_id, name, status, start in heads]
 
 
 @contextmanager
@@ -287,9 +280,7 @@ def _sql(uri: str) -> Iterator[SqlStore]:
 def _sql_problem(error: sqlite3.Error) -> str:
     text = str(error)
     if "locked" in text or "busy" in text:
-        return (
-            f"another program has locked the database for over {LOCK_WAIT_S:g} s; try again when it is done"
-        )
+        return f"another program has locked the database for over {LOCK_WAIT_S:g} s; try again when it is done"
     if "no such table" in text or "no such column" in text:
         return f"this database is not an MLflow 3 store ({text}); name the store of the sweep"
     if "not a database" in text or "malformed" in text:
@@ -341,9 +332,7 @@ class ClientStore:
             yield
         except InputError:
             raise
-        except (
-            Exception
-        ) as error:  # the client's backends raise their own families (requests, sqlalchemy, grpc)
+        except Exception as error:  # the client's backends raise their own families (requests, sqlalchemy, grpc)
             raise InputError(f"{self._problem} ({_first_line(error)})") from error
 
 

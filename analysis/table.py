@@ -91,9 +91,7 @@ def render(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], sw
     )
     for name in COLUMNS:
         right = name in ("T", "epochs", "drop [lo, hi] %", "p50 ms")
-        table.add_column(
-            escape(name), justify="right" if right else "left", no_wrap=name != "exp_id", overflow="fold"
-        )
+        table.add_column(escape(name), justify="right" if right else "left", no_wrap=name != "exp_id", overflow="fold")
     for row in rows(records):
         cells = [escape(cell) for cell in row.cells()]
         cells[6] = f"[{_STYLES[row.verdict]}]{cells[6]}[/]" if row.verdict in _STYLES else cells[6]

@@ -68,9 +68,7 @@ def export_onnx(
             error = max_error(model, draft, example, tolerance, label=str(path))
             _publish(draft, path)
     except OSError as problem:
-        raise InputError(
-            f"{path}: cannot write the ONNX file ({problem}); free or change the folder"
-        ) from problem
+        raise InputError(f"{path}: cannot write the ONNX file ({problem}); free or change the folder") from problem
     return error
 
 
@@ -98,9 +96,7 @@ def max_error(
     finally:
         runtime.close()
     if len(actual) != len(expected):
-        raise InputError(
-            f"{label} has {len(actual)} outputs, the torch model {len(expected)}; export it again"
-        )
+        raise InputError(f"{label} has {len(actual)} outputs, the torch model {len(expected)}; export it again")
     error = max(_relative_error(a, e.cpu().numpy()) for a, e in zip(actual, expected, strict=True))
     if not error <= tolerance:
         raise InputError(

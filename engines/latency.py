@@ -63,9 +63,7 @@ def interleaved(
     return summarise(measure(candidates, warmup, repeats, seed), reference, seed)
 
 
-def measure(
-    candidates: Mapping[str, Callable[[], object]], warmup: int, repeats: int, seed: int
-) -> dict[str, Samples]:
+def measure(candidates: Mapping[str, Callable[[], object]], warmup: int, repeats: int, seed: int) -> dict[str, Samples]:
     """Milliseconds per call of each candidate, shape (repeats,); index i of all belongs to round i.
 
     `warmup` whole rounds come first and are not recorded. The order within a round is random (from `seed`).

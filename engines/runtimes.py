@@ -82,9 +82,7 @@ def check_device(device: str) -> str:
     if kind == "cuda":
         count = torch.cuda.device_count()
         if int(index or 0) >= count:
-            raise InputError(
-                f"device={device!r} is not available: torch sees {count} CUDA devices; use device='cpu'"
-            )
+            raise InputError(f"device={device!r} is not available: torch sees {count} CUDA devices; use device='cpu'")
     return device
 
 
@@ -129,9 +127,7 @@ class TorchRuntime:
         """Run the model on host arrays of its own dtypes; returns host arrays."""
         # Not inference_mode: tensors that a model caches (position tables) must stay usable in training.
         with _torch_threads(self.threads), torch.no_grad():
-            tensors = [
-                torch.from_numpy(np.require(x, requirements=["C", "W"])).to(self.device) for x in inputs
-            ]
+            tensors = [torch.from_numpy(np.require(x, requirements=["C", "W"])).to(self.device) for x in inputs]
             outputs = as_tensors(self._model(*tensors), self._model)
             return tuple(y.cpu().numpy() for y in outputs)
 
@@ -170,13 +166,9 @@ class OnnxRuntime:
             session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
         except Exception as error:  # onnxruntime's exceptions share no base class
             reason = " ".join(str(error).split())
-            raise InputError(
-                f"{path}: onnxruntime cannot load it ({reason}); export the model again"
-            ) from error
+            raise InputError(f"{path}: onnxruntime cannot load it ({reason}); export the model again") from error
         if session.get_providers()[0] != provider:
-            raise InputError(
-                f"device={device!r} is not available: onnxruntime could not start {provider}; use 'cpu'"
-            )
+            raise InputError(f"device={device!r} is not available: onnxruntime could not start {provider}; use 'cpu'")
         self._session: ort.InferenceSession | None = session
         self._inputs = [(i.name, i.shape, _ORT_DTYPES.get(i.type)) for i in session.get_inputs()]
         self._path = path

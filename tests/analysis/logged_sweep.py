@@ -83,9 +83,7 @@ def teacher(**values: Any) -> Record:
 
 def curve(end: float, epochs: int, seed: int = 0, start: float = 0.6) -> list[float]:
     rng = random.Random(seed)
-    return [
-        end + (start - end) * math.exp(-4.5 * e / 30) + rng.gauss(0, 0.0015) for e in range(1, epochs + 1)
-    ]
+    return [end + (start - end) * math.exp(-4.5 * e / 30) + rng.gauss(0, 0.0015) for e in range(1, epochs + 1)]
 
 
 def three() -> Trials:
@@ -197,9 +195,7 @@ def log_sweep(uri: str, name: str, trials: Trials, **parent_params: str) -> str:
         times = [1_700_000_000_000 + 1000 * e for e in range(len(drops) + 1)]
         metrics = [Metric("val_drop", d, times[e], e + 1) for e, d in enumerate(drops)]
         metrics += [Metric("train_loss", 1.0 / (e + 1), times[e], e + 1) for e in range(len(drops))]
-        client.log_batch(
-            run, metrics=metrics, params=[Param("T", str(rec.T))], tags=[RunTag("record", rec.to_json())]
-        )
+        client.log_batch(run, metrics=metrics, params=[Param("T", str(rec.T))], tags=[RunTag("record", rec.to_json())])
         client.set_terminated(run, status)
     client.set_terminated(parent, "FINISHED")
     return parent

@@ -30,9 +30,7 @@ def beaten(a: Point, b: Point) -> bool:
 @pytest.mark.parametrize("seed", range(20))
 def test_front_agrees_with_the_definition(seed: int) -> None:
     rng = random.Random(seed)
-    points = [
-        point(rng.randint(1, 8), rng.randint(-2, 5), rng.choice(["pass", "stopped"])) for _ in range(12)
-    ]
+    points = [point(rng.randint(1, 8), rng.randint(-2, 5), rng.choice(["pass", "stopped"])) for _ in range(12)]
     able = [p for p in points if p.kind != "stopped"]
     expected = [p.kind != "stopped" and not any(beaten(p, q) for q in able) for p in points]
     assert [p.on_front for p in mark_front(points)] == expected
@@ -44,9 +42,7 @@ def test_hypervolume_is_the_area_between_front_and_reference(fresh: Fresh) -> No
         (record("K_a_run1", t_pair_p50_ms=20.0, drop=0.008), []),
         (record("K_b_run1", t_pair_p50_ms=30.0, t_pair_p95_ms=33.0, drop=0.004), []),
         (
-            record(
-                "K_c_run1", t_pair_p50_ms=10.0, t_pair_p95_ms=12.0, drop=0.05, drop_hi=0.06, verdict="fail"
-            ),
+            record("K_c_run1", t_pair_p50_ms=10.0, t_pair_p95_ms=12.0, drop=0.05, drop_hi=0.06, verdict="fail"),
             [],
         ),
     ]
@@ -126,9 +122,7 @@ def test_different_workloads_are_refused_and_listed(fresh: Fresh) -> None:
     uri = fresh("mixed", [(teacher(), []), (record("K_a_run1", workload_hash="ffff00001111"), [])])
     with pytest.raises(InputError, match="2 different workloads") as caught:
         pareto.run(uri, "mixed", "unused")
-    assert all(
-        word in str(caught.value) for word in ("3fa9c02b77e1", "ffff00001111", "K_a_run1", "K_teacher_run1")
-    )
+    assert all(word in str(caught.value) for word in ("3fa9c02b77e1", "ffff00001111", "K_a_run1", "K_teacher_run1"))
     assert not Path("unused").exists()
 
 
@@ -174,9 +168,7 @@ def test_unwritable_folder_is_one_line(uri: str, tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("command", ["pareto", "table"])
-def test_unknown_sweep_ends_with_exit_code_2(
-    uri: str, command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_sweep_ends_with_exit_code_2(uri: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--out", "unused"] if command == "pareto" else []
     assert main([command, "--tracking-uri", uri, "--sweep", "nothing", *more]) == 2
     error = capsys.readouterr().err

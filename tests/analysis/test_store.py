@@ -182,9 +182,7 @@ def test_locked_database(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     holder.close()
 
 
-@pytest.mark.parametrize(
-    "content", ["create table runs (id text)", "create table tags (key text, value text)"]
-)
+@pytest.mark.parametrize("content", ["create table runs (id text)", "create table tags (key text, value text)"])
 def test_database_of_something_else(tmp_path: Path, content: str) -> None:
     with sqlite3.connect(tmp_path / "other.db") as db:
         db.execute(content)

@@ -92,9 +92,7 @@ def test_size_counts_external_data(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     export_onnx(nn.Linear(100, 100), (torch.zeros(1, 100),), path, ["x"], ["y"])
     assert size_MB(path) == path.stat().st_size / 1e6 > 0.04
-    onnx.save_model(
-        onnx.load(str(path)), str(path), save_as_external_data=True, location="w.data", size_threshold=0
-    )
+    onnx.save_model(onnx.load(str(path)), str(path), save_as_external_data=True, location="w.data", size_threshold=0)
     data = tmp_path / "w.data"
     assert size_MB(path) == (path.stat().st_size + data.stat().st_size) / 1e6 > 0.04
     data.unlink()

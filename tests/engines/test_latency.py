@@ -128,9 +128,7 @@ def test_order_of_speeds_is_found_through_a_drifting_machine() -> None:
 
         return call
 
-    result = interleaved(
-        {"slow": sleeper(0.008), "mid": sleeper(0.002), "fast": sleeper(0.0005)}, "mid", 1, 15, 0
-    )
+    result = interleaved({"slow": sleeper(0.008), "mid": sleeper(0.002), "fast": sleeper(0.0005)}, "mid", 1, 15, 0)
     assert result["fast"].p50_ms < result["mid"].p50_ms < result["slow"].p50_ms
     assert result["slow"].ratio_hi < 1 < result["fast"].ratio_lo
     assert result["slow"].p50_ms >= 8  # milliseconds: a sleep is never shorter than asked
