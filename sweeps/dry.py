@@ -55,7 +55,7 @@ def _time(sweep: Sweep, storage: Path, resolved: Resolved, trials: int, epochs: 
                 seconds += [metrics["epoch_s"] for _, metrics in trial.results if metrics.get("epoch_s", 0) > 0]
     if not seconds and sweep.sample_cpu_s and resolved.profile != "full":
         hours = trials * epochs * resolved.values["pairs_per_epoch"] * sweep.sample_cpu_s / 3600
-        return f"about {hours:.1f} CPU-hours at the {1000 * sweep.sample_cpu_s:.0f} ms per pair of a 64x64 student"
+        return f"about {hours:.1f} CPU-hours at {1000 * sweep.sample_cpu_s:.0f} ms per pair, as it once took"
     if not seconds:
         return f"time unknown: no sweep of this size was run in {storage} yet"
     mean = sum(seconds) / len(seconds)
