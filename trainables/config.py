@@ -68,6 +68,7 @@ class DistillSettings(Settings):
     pairs_per_epoch: Count = 1536
     train_pairs: Count = 16384
     batch_size: Count = 32
+    optimizer: Literal["muon", "adamw"] = "muon"
     lr: float = Field(5e-4, gt=0)
     lr_end: float = Field(0.01, ge=0, le=1)
     lr_warmup: float = Field(0.03, ge=0, lt=1)
@@ -104,10 +105,11 @@ class DistillSettings(Settings):
 class PretrainSettings(Settings):
     """How a small teacher is trained from scratch."""
 
-    epochs: Count = 32
+    epochs: Count = 48
     pairs_per_epoch: Count = 4096
     batch_size: int = Field(32, ge=2, multiple_of=2)
-    lr: float = Field(1e-3, gt=0)
+    optimizer: Literal["muon", "adamw"] = "muon"
+    lr: float = Field(2e-3, gt=0)
     lr_end: float = Field(0.01, ge=0, le=1)
     lr_warmup: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.05, ge=0)

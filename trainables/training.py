@@ -20,6 +20,7 @@ from ray.tune import Trainable
 from torch import Tensor, nn
 
 from trainables import checkpoint, fast_linear
+from trainables.optimizer import Optimizer
 
 Batch = dict[str, Tensor]
 
@@ -79,9 +80,7 @@ class Training(Trainable):
         self.trained.to(self.device)
         fast_linear.install(self.trained)
         self.steps_per_epoch = max(1, self.settings["pairs_per_epoch"] // self.settings["batch_size"])
-        self.optimizer = torch.optim.AdamW(
-            _weight_groups(self.trained, self.settings["weight_decay"]), lr=1.0, betas=(0.9, 0.95), fused=True
-        )
+        self.optimizer = Optimizer(self.trained, self.settings["optimizer"], self.settings["weight_decay"])
         for left in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         state = self.folder / "state.pt"
@@ -138,20 +137,17 @@ class Training(Trainable):
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
             step, mark = step + 1, time.perf_counter()
         means = {f"train_{name}": value / self.steps_per_epoch for name, value in sums.items()}
-        return {**means, "lr": self.optimizer.param_groups[0]["lr"], "seconds_data": waited}
+        return {**means, "lr": self.optimizer.rate, "seconds_data": waited}
 
     def train_step(self, batch: Batch, step: int, total: int) -> dict[str, Tensor]:
         """One optimiser step, number `step` of `total`; the loss and its parts, on the graph's device."""
         rate = learning_rate(
             (step + 1) / total, self.settings["lr"], self.settings["lr_end"], self.settings["lr_warmup"]
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         loss, parts = self.loss(batch, step / total)
-        self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
-        self.optimizer.step()
+        self.optimizer.step(rate)
         return {"loss": loss, **parts}
 
     def _state(self) -> dict[str, Any]:
@@ -168,12 +164,3 @@ class Training(Trainable):
         self.trained.load_state_dict(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         checkpoint.restore_rng(state["rng"])
-
-
-def _weight_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices are decayed; biases, norms and single vectors are not (as the reference trains)."""
-    weights = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-    ]

@@ -25,7 +25,7 @@ SETTINGS = {
     **{"image_size": "32x32", "val_pairs": 12, "test_pairs": 20, "workload_seed": 42, "sampled_pairs": 20},
     **{"neighbours": 4, "views_per_scene": 8, "primary": "absrel", "warmup": 1, "repeats": 5, "threads": 1},
     **{"epochs": 3, "pairs_per_epoch": 24, "train_pairs": 40, "batch_size": 8, "lr": 2e-3, "lr_end": 0.01},
-    **{"lr_warmup": 0.1, "weight_decay": 0.01, "alpha": 1.0, "T": 3.0, "beta": 0.5, "gamma": 0.0},
+    **{"optimizer": "muon", "lr_warmup": 0.1, "weight_decay": 0.01, "alpha": 1.0, "T": 3.0, "beta": 0.5, "gamma": 0.0},
     **{"depth": 0.7, "heads": 0.7, "ffn": 0.7, "init": "inherit"},
 }
 CLOCKS = ("seconds_train", "seconds_val", "seconds_data", "cpu_s")

@@ -8,7 +8,7 @@ from torch import nn
 
 from engines.errors import InputError
 from trainables import checkpoint
-from trainables.training import Training, _weight_groups, learning_rate
+from trainables.training import Training, learning_rate
 
 
 class Noisy(Training):
@@ -57,7 +57,7 @@ def config(tmp_path):
         settings = {"epochs": 4, "pairs_per_epoch": 40, "batch_size": 8, "lr": 1e-2, "lr_end": 0.01}
         return {
             **{"trial_id": name, "domain": "none", "params": params, "seed": seed, "state_dir": str(tmp_path / name)},
-            "settings": {**settings, "lr_warmup": 0.1, "weight_decay": 0.1},
+            "settings": {**settings, "lr_warmup": 0.1, "optimizer": "adamw", "weight_decay": 0.1},
         }
 
     return make
@@ -201,10 +201,3 @@ def test_learning_rate():
     assert all(a < b for a, b in pairwise(rates[:101])) and all(a > b for a, b in pairwise(rates[100:]))
     assert max(abs(a - b) for a, b in pairwise(rates)) < 0.006, "no jump"
     assert learning_rate(0.0, 0.5, 0.02, 0.0) == 0.5
-
-
-def test_only_matrices_decay_and_frozen_weights_are_left_out():
-    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.LayerNorm(4), nn.Linear(4, 2), nn.Linear(2, 2).requires_grad_(False))
-    decayed, plain = _weight_groups(model, 0.1)
-    assert [p.shape for p in decayed["params"]] == [(4, 3, 2, 2), (2, 4)] and decayed["weight_decay"] == 0.1
-    assert [p.shape for p in plain["params"]] == [(4,), (4,), (4,), (2,)] and plain["weight_decay"] == 0
