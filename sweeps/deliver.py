@@ -13,15 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from rich.console import Console
 
+from engines.errors import InputError
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
 from sweeps.progress import duration
 from sweeps.settings import WORKLOAD, Resolved
 from sweeps.spec import Sweep
 from trainables.record import Record, write_csv
+
+DEPLOYED, TEST_COSTS = "deployed", "test_costs.npy"  # what measuring leaves in a trial's folder
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,14 @@ def write_files(sweep: Sweep, ledger: Ledger, resolved: Resolved) -> Choice:
     files = ledger.folder / "files"
     files.mkdir(exist_ok=True)
     choice = choose(ledger)
-    for trial in ledger.state.trials.values():
-        weights = ledger.best_weights(trial.trial_id)
-        if trial.saves and weights:
-            _put(files / trial.saves, partial(shutil.copyfile, weights))
-            ledger.append("file", path=f"files/{trial.saves}", trial_id=trial.trial_id)
-    if sweep.best and choice.trial:
-        weights = ledger.best_weights(choice.trial.trial_id)
-        assert weights is not None
-        _put(files / sweep.best, partial(shutil.copyfile, weights))
-        ledger.append("file", path=f"files/{sweep.best}", trial_id=choice.trial.trial_id)
+    wanted = [(trial.saves, trial) for trial in ledger.state.trials.values() if trial.saves]
+    wanted += [(name, choice.trial) for name in sweep.best_files if choice.trial]
+    for name, trial in wanted:
+        for source, target in _products(ledger, trial.trial_id, name):
+            _put(files / target, partial(shutil.copyfile, source))
+            ledger.append("file", path=f"files/{target}", trial_id=trial.trial_id)
     if sweep.log:
-        text = json.dumps(_log(ledger, choice), indent=1, allow_nan=False)
+        text = json.dumps({**_log(ledger, choice), **found_effects(sweep, ledger)}, indent=1, allow_nan=False)
         _put(files / sweep.log, lambda path: path.write_text(text))
         ledger.append("file", path=f"files/{sweep.log}", trial_id=None)
     for trial in ledger.state.trials.values():
@@ -79,6 +79,33 @@ def write_files(sweep: Sweep, ledger: Ledger, resolved: Resolved) -> Choice:
     write_csv(files / "result_table.csv", rows)
     ledger.append("file", path="files/result_table.csv", trial_id=None)
     return choice
+
+
+def _products(ledger: Ledger, trial_id: str, name: str) -> list[tuple[Path, str]]:
+    """What a trial left for the file `name`, by its suffix, with what explains it (an engine's manifest)."""
+    suffix = Path(name).suffix
+    if suffix == ".pth":
+        weights = ledger.best_weights(trial_id)
+        return [(weights, name)] if weights else []
+    left = sorted(ledger.state_dir(trial_id).glob(f"{DEPLOYED}{suffix}*"))
+    return [(path, name + path.name.removeprefix(f"{DEPLOYED}{suffix}")) for path in left]
+
+
+def found_effects(sweep: Sweep, ledger: Ledger) -> dict[str, Any]:
+    """An ablation's effects against its reference arm; nothing for other sweeps and where too little was measured."""
+    if not sweep.reference:
+        return {}
+    from analysis import effects  # scipy takes a while to import
+
+    tables: dict[str, dict[int, Any]] = {}
+    for trial in ledger.state.trials.values():
+        path = ledger.state_dir(trial.trial_id) / TEST_COSTS
+        if trial.role == "trial" and trial.record and path.is_file():
+            tables.setdefault(str(trial.record["combo"]), {})[trial.record["seed"]] = np.load(path)
+    try:
+        return {"effects": [found.to_dict() for found in effects.effects(tables, sweep.reference)]}
+    except InputError as error:
+        return {"effects": [], "why": str(error)}
 
 
 def write_workload(ledger: Ledger, resolved: Resolved, sampled: Mapping[str, Any]) -> None:

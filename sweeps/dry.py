@@ -31,7 +31,7 @@ def show(sweep: Sweep, planned: Sequence[Planned], resolved: Resolved, folder: P
     trials = sum(trial.role == "trial" for trial in planned) + samples
     if samples:
         console.print(f"and {samples} trials that Optuna chooses")
-    left = [*(trial.saves for trial in planned), sweep.best, sweep.log, sweep.baseline, "result_table.csv"]
+    left = [*(trial.saves for trial in planned), *sweep.best_files, sweep.log, sweep.baseline, "result_table.csv"]
     console.print(f"Folder: {folder}", soft_wrap=True)
     console.print(f"Files: {', '.join(name for name in left if name)}", soft_wrap=True)
     if not trials:

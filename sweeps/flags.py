@@ -24,6 +24,7 @@ class Flags:
     resume: bool
     dry_run: bool
     seed: int
+    seeds: int | None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,12 +57,15 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
     add("--resume", action="store_true", help="go on with an interrupted sweep; finished trials are kept")
     add("--dry-run", action="store_true", help="print trials, files and estimated cost, and start nothing")
     add("--seed", type=int, default=42, help="seed of the trials (default: %(default)s)")
+    add("--seeds", type=int, metavar="N", help="run every trial with N seeds from --seed on (default: the script's)")
     given = parser.parse_args(argv)
     for flag in ("storage", "tracking_uri", "address"):
         if getattr(given, flag) == "":
             raise InputError(f"--{flag.replace('_', '-')} is empty: give a value or leave it out")
     if given.seed < 0:
         raise InputError(f"--seed {given.seed}: expected 0 or more")
+    if given.seeds is not None and given.seeds < 1:
+        raise InputError(f"--seeds {given.seeds}: expected 1 or more")
     return Flags(
         address=given.address,
         profile=given.profile,
@@ -73,6 +77,7 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         resume=given.resume,
         dry_run=given.dry_run,
         seed=given.seed,
+        seeds=given.seeds,
     )
 
 

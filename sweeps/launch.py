@@ -25,7 +25,8 @@ from engines.errors import InputError
 from sweeps import cluster as ray_cluster
 from sweeps import deliver, dry, flags
 from sweeps.ledger import Ledger
-from sweeps.measure import Bench, measure, prepare
+from sweeps.lineage import best_of
+from sweeps.measure import Bench, compile_best, measure, prepare
 from sweeps.plan import Planned, Planner, refuse_hidden
 from sweeps.progress import Progress
 from sweeps.search import Search
@@ -119,19 +120,32 @@ def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
     """Flags and settings -> checked plan; InputError for anything that cannot be. Touches nothing."""
     script = sys.modules["__main__"].__doc__ or f"Runs the {sweep.stage} sweep."
     given = flags.parse(script, argv, searchable=bool(sweep.space))
-    resolved = resolve(sweep.settings, given.profile, given.overrides)
+    resolved = resolve(sweep.settings, given.profile, _started(sweep, given))
     refuse_hidden(sweep, given.overrides)
     planner = Planner(sweep, resolved, given.seed)
     teacher = [planner.teacher()] if sweep.measure else []
-    planned = [*teacher, *(planner.plan(trial) for trial in sweep.trials)]
+    seeds = range(given.seed, given.seed + (given.seeds or sweep.seeds))
+    planned = [*teacher, *(planner.plan(trial, seed=seed) for seed in seeds for trial in sweep.trials)]
     rule_of(sweep, resolved.values)
     stem = sweep.name or Path(sys.argv[0]).stem
     search = "_optuna" if given.search == "optuna" else ""
     gate = {f"gate_{key}": value for key, value in vars(sweep.gate).items()} if sweep.gate else {}
     config = {**resolved.values, "seed": given.seed, "search": given.search, **gate}
     config |= {f"trial {p.exp_id}": dict(p.params) for p in planned if p.role == "trial"}
+    if len(seeds) > 1:
+        config["seeds"] = len(seeds)
     name = f"{stem}_{given.profile}_seed{given.seed}{search}"
     return Order(sweep, given, resolved, planner, planned, name, config, command)
+
+
+def _started(sweep: Sweep, given: flags.Flags) -> dict[str, Any]:
+    """The overrides, with the model of the earlier stage that the sweep starts from."""
+    if not sweep.starts_from or "model" in given.overrides:
+        return given.overrides
+    stage, file = sweep.starts_from
+    uri = given.tracking_uri or default_uri(given.storage)
+    found = best_of(uri, stage, file, sweep.domain, given.profile, given.storage / "cache" / "models")
+    return {**given.overrides, "model": str(found)}
 
 
 def _execute(order: Order) -> int:
@@ -189,6 +203,7 @@ def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Cl
                 clock.mark("training")
                 measure(bench, batch, progress)
                 clock.mark("measuring")
+            compile_best(bench, deliver.choose(ledger).trial, progress)
             with progress.phase("reporting"):
                 choice = deliver.write_files(sweep, ledger, order.resolved)
                 pictures = _pictures(order, ledger, tracker)
@@ -258,8 +273,10 @@ def _closing(
 ) -> None:
     deliver.show_table(console, ledger)
     say = console.print
-    if order.sweep.best:
-        say(f"Best student: {choice.why}.", soft_wrap=True)
+    if order.sweep.best_files:
+        say(f"Best trial: {choice.why}.", soft_wrap=True)
+    for found in deliver.found_effects(order.sweep, ledger).get("effects", []):
+        say(found["says"], soft_wrap=True)
     hint = _hint(order, ledger)
     if hint:
         say(hint, soft_wrap=True)

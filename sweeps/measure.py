@@ -103,6 +103,22 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
                 write(trial)
 
 
+def compile_best(bench: Bench, trial: TrialState | None, progress: Progress) -> None:
+    """Build the TensorRT engine of the chosen trial where the sweep leaves one; what is known of it joins the record.
+
+    Without TensorRT nothing is built, and the record's notes say so.
+    """
+    wanted = any(name.endswith(".trt") for name in bench.sweep.best_files)
+    measures = bench.sweep.measure
+    if not wanted or not measures or not trial or not trial.record or "trt" in trial.record:
+        return
+    with progress.phase("compiling the TensorRT engine"):
+        planned = bench.ledger.planned[trial.trial_id]
+        result = _wait([_alone(bench.cluster).remote(measures.compile_engine, bench.job(planned))])[0]
+    found = {"trt": f"not built: {one_line(result)}"} if isinstance(result, Exception) else result
+    bench.ledger.append("record", trial_id=trial.trial_id, record={**trial.record, **found})
+
+
 def _unmeasured(record: Mapping[str, Any] | None) -> bool:
     """Whether there is something left to measure: a measurement that failed is tried again by --resume."""
     return record is None or bool(record.get("unmeasured"))

@@ -49,8 +49,9 @@ class Planner:
     seed: int
     _names: Counter[str] = field(default_factory=Counter)
 
-    def plan(self, trial: Trial, tags: Mapping[str, Any] | None = None) -> Planned:
+    def plan(self, trial: Trial, tags: Mapping[str, Any] | None = None, seed: int | None = None) -> Planned:
         """Check a trial's parameters against the settings and name it; InputError lists what does not fit."""
+        seed = self.seed if seed is None else seed
         self.resolved.with_params(trial.params, trial.task_id)
         combo, keyparams = label(trial.params)  # after the check: it reads schedules
         combo = trial.combo if trial.combo is not None else combo
@@ -65,7 +66,7 @@ class Planner:
             self.sweep.trainable.__name__,
             dict(trial.params),
             dict(self.resolved.values),
-            self.seed,
+            seed,
             self.resolved.workload_hash,
             run,
         ]
@@ -76,7 +77,7 @@ class Planner:
             combo=combo or None,
             saves=trial.saves,
             params=trial.params,
-            seed=self.seed,
+            seed=seed,
             gates=trial.gates,
             tags=tags or {},
         )

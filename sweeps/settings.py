@@ -19,12 +19,13 @@ from pydantic import BaseModel, ValidationError
 
 from engines.errors import InputError
 from sweeps.spec import SettingsFile
-from trainables.config import DistillSettings, PretrainSettings, WorkloadSettings
+from trainables.config import DistillSettings, PretrainSettings, QuantSettings, WorkloadSettings
 from trainables.schedules import Schedule
 
 PROFILES = ("demo", "small", "full")
 WORKLOAD = SettingsFile("workload.yaml", WorkloadSettings)
 DISTILL = SettingsFile("distill.yaml", DistillSettings)
+QUANT = SettingsFile("quant.yaml", QuantSettings)
 PRETRAIN = SettingsFile("pretrain.yaml", PretrainSettings)
 
 

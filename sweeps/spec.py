@@ -56,6 +56,9 @@ class Measures(Protocol):
     def measure_latency(self, job: Job) -> dict[str, Any]:
         """Record fields of latency and footprint; runs alone on its node."""
 
+    def compile_engine(self, job: Job) -> dict[str, Any]:
+        """Leave the TensorRT engine of a trial in its folder; extras of the record: 'trt' says how it came out."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -160,10 +163,12 @@ class Sweep:
 
     trainable: a Ray class trainable whose step() is one epoch. settings: the files that explain its
     parameters. measure: None for work that its last result describes completely. search_task: the task_id
-    of searched trials. best, log, baseline: names of the file with the best weights, of the file with all
-    curves and records, and of the file with the teacher's record. sample_cpu_s: CPU-seconds that one training
-    sample once took (demo and small), for the estimate of --dry-run. name: part of the sweep's name, by default
-    the script's.
+    of searched trials. best, log, baseline: names of the files of the best trial (weights, or what its suffix says),
+    of the file with all curves and records, and of the file with the teacher's record. seeds: how many seeds every
+    trial is run with. reference: the combo of the arm that an ablation compares all others with. starts_from: the
+    stage and file of the model to start from, unless the setting `model` names one. sample_cpu_s: CPU-seconds that
+    one training sample once took (demo and small), for the estimate of --dry-run. name: part of the sweep's name,
+    by default the script's.
     """
 
     stage: str
@@ -176,7 +181,10 @@ class Sweep:
     measure: Measures | None = None
     search_task: str = ""
     epochs: int = 1
-    best: str | None = None
+    seeds: int = 1
+    reference: str | None = None
+    starts_from: tuple[str, str] | None = None
+    best: str | Sequence[str] | None = None
     log: str | None = None
     baseline: str | None = None
     sample_cpu_s: float | None = None
@@ -185,10 +193,15 @@ class Sweep:
     def __post_init__(self) -> None:
         if not self.trials and not self.space and not self.measure:
             raise InputError(f"sweep {self.stage}: expected trials, a search space or a measurement, found none")
-        saved = [name for name in (*(t.saves for t in self.trials), self.best, self.log, self.baseline) if name]
+        saved = [name for name in (*(t.saves for t in self.trials), *self.best_files, self.log, self.baseline) if name]
         for name in saved:
             if saved.count(name) > 1 or Path(name).name != name:
                 raise InputError(f"file {name!r} of sweep {self.stage}: expected a plain name, used once")
+
+    @property
+    def best_files(self) -> tuple[str, ...]:
+        """Names of the files of the best trial."""
+        return (self.best,) if isinstance(self.best, str) else tuple(self.best or ())
 
 
 def schedule_options(option: OneOf) -> dict[str, Callable[..., Schedule]]:

@@ -1,4 +1,4 @@
-"""The settings that a trainable is given: what is measured (workload) and how a student is distilled.
+"""The settings that a trainable is given: what is measured (workload) and how a model is trained.
 
 Every key with its unit and meaning is explained in ``sweeps/settings/*.yaml``; here are types and limits.
 """
@@ -6,10 +6,13 @@ Every key with its unit and meaning is explained in ``sweeps/settings/*.yaml``; 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from engines.errors import InputError
+from engines.policy import QuantPolicy
 from trainables.schedules import Schedule
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -60,8 +63,8 @@ class WorkloadSettings(Settings):
         return self
 
 
-class DistillSettings(Settings):
-    """How one student is made from the teacher; a trial overrides the keys that it searches."""
+class TrainingSettings(Settings):
+    """How a model is trained on the task and on its teacher's outputs; a trial overrides the keys that it searches."""
 
     teacher: str = "shipped"
     epochs: Count = 30
@@ -77,17 +80,13 @@ class DistillSettings(Settings):
     T: float = Field(3.0, gt=0)
     beta: Any = 0.5
     gamma: float = Field(0.0, ge=0)
-    depth: Ratio = 0.7
-    heads: Ratio = 0.7
-    ffn: Ratio = 0.7
-    init: Literal["inherit", "scratch"] = "inherit"
     grace: Count = 3
     patience: Count = 3
     eta: int = Field(3, ge=2)
     min_peers: Count = 4
 
     @model_validator(mode="after")
-    def _batches(self) -> DistillSettings:
+    def _batches(self) -> Self:
         for name in ("pairs_per_epoch", "train_pairs"):
             if getattr(self, name) < self.batch_size:
                 raise ValueError(f"batch_size={self.batch_size} is larger than {name}={getattr(self, name)}")
@@ -100,6 +99,44 @@ class DistillSettings(Settings):
         if min(schedule.values) < 0:
             raise ValueError(f"weights {list(schedule.values)} of the schedule must be 0 or more")
         return schedule.to_data()
+
+
+class DistillSettings(TrainingSettings):
+    """How one student is made from the teacher."""
+
+    depth: Ratio = 0.7
+    heads: Ratio = 0.7
+    ffn: Ratio = 0.7
+    init: Literal["inherit", "scratch"] = "inherit"
+
+
+class QuantSettings(TrainingSettings):
+    """How a model is quantized: the policy of engines/policy.py, and the training where rounding alone loses too much."""
+
+    model: str = "teacher"
+    bits_w: int = 8
+    bits_a: int = 8
+    keep: tuple[str, ...] = ("layernorm", "softmax", "attention")
+    calibration: Count = 512
+    method: str = "minmax"
+    mode: str = "static"
+    smooth: float = 0.0
+    reduce_range: bool | None = None
+    qat_share: Ratio = 1 / 3
+    frozen_share: float = Field(0.15, ge=0, le=1)
+
+    @property
+    def policy(self) -> QuantPolicy:
+        """The part that both exports obey."""
+        return QuantPolicy(**{field.name: getattr(self, field.name) for field in fields(QuantPolicy)})
+
+    @model_validator(mode="after")
+    def _policy(self) -> Self:
+        try:
+            _ = self.policy
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 class PretrainSettings(Settings):

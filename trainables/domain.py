@@ -55,6 +55,9 @@ class Domain(Protocol):
     def export(self, model: nn.Module) -> dict[str, Any]:
         """The plain model as data: 'model' (tensors) and 'config' (constructor arguments)."""
 
+    def blank(self, model: nn.Module) -> nn.Module:
+        """A plain module of the same architecture, with weights of its own."""
+
     def data_id(self) -> str:
         """Changes whenever the training samples would: code, seed, size."""
 
@@ -89,10 +92,16 @@ class Domain(Protocol):
         """What only training needs between student and teacher states; never exported."""
 
     def evaluate(self, model: nn.Module, split: str, full: bool = False) -> dict[str, Tensor]:
-        """Metrics per sample on a fixed split ('val' or 'test'); full adds the slow ones."""
+        """Metrics per sample on a fixed split ('val' or 'test'); full adds the slow ones.
+
+        model: a plain one, or any module that takes :meth:`inputs` and answers as the deployed module does.
+        """
 
     def sampled(self) -> dict[str, Any]:
         """The workload's own samples, on which latency is measured, as plain data for its file."""
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The deployed module's inputs for a batch of samples."""
 
     def deployed(self, model: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, ...]], list[str], list[str]]:
         """The module that is exported and timed, the workload's inputs for it, and names of inputs and outputs."""

@@ -117,6 +117,12 @@ class Dust3r:
             raise InputError(f"{path}: not a DUSt3R model of this architecture ({reason})") from None
         return model
 
+    def blank(self, model: nn.Module) -> DUSt3R:
+        """The same architecture with weights of its own."""
+        assert isinstance(model, DUSt3R)
+        with torch.random.fork_rng(devices=[]):
+            return from_reference_config(**model.config)
+
     def export(self, model: nn.Module) -> dict[str, Any]:
         """Tensors and constructor arguments of the plain model."""
         assert isinstance(model, DUSt3R)
@@ -167,8 +173,7 @@ class Dust3r:
     def forward(self, model: nn.Module, batch: Batch, symmetric: bool = False) -> Outputs:
         """Pointmaps and hidden states by name; with `symmetric` of the batch and of its swapped views (2B)."""
         assert isinstance(model, DUSt3R)
-        image = batch["image"].float() / 127.5 - 1
-        (pts1, conf1, pts2, conf2), states = model.features(image[:, 0], image[:, 1], symmetric=symmetric)
+        (pts1, conf1, pts2, conf2), states = model.features(*self.inputs(batch), symmetric=symmetric)
         return {"pts1": pts1, "conf1": conf1, "pts2": pts2, "conf2": conf2, **states}
 
     def teacher_outputs(self, teacher: nn.Module, batch: Batch) -> Batch:
@@ -236,12 +241,13 @@ class Dust3r:
         """Every pair's metrics, (pairs,) each, on a fixed split; `full` adds chamfer, which is slow."""
         parts: list[dict[str, Tensor]] = []
         full = full or self.primary == "chamfer"
-        device = next(model.parameters()).device
+        predict = model.pointmaps if isinstance(model, DUSt3R) else model
+        device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
         for pairs_ in self.fixed_pairs(split):
             batch = {name: value.to(device) for name, value in pairs_.items()}
-            out = self.forward(model, batch)
+            pts1, _, pts2, _ = predict(*self.inputs(batch))
             true = batch["points"]
-            parts.append(metrics.per_pair(out["pts1"], out["pts2"], true[:, 0], true[:, 1], chamfer=full))
+            parts.append(metrics.per_pair(pts1, pts2, true[:, 0], true[:, 1], chamfer=full))
         return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
     def fixed_pairs(self, split: str) -> list[Batch]:
@@ -258,9 +264,13 @@ class Dust3r:
     def deployed(self, model: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, ...]], list[str], list[str]]:
         """Two images in, pointmaps and confidences out; the inputs are the workload's sampled pairs, batch 1."""
         assert isinstance(model, DUSt3R)
-        images = pairs.images(self.workload).float() / 127.5 - 1
-        inputs: list[tuple[Tensor, ...]] = [(pair[:1], pair[1:]) for pair in images]
+        inputs = [self.inputs({"image": pair[None]}) for pair in pairs.images(self.workload)]
         return Deployed(model).eval(), inputs, ["img1", "img2"], ["pts1", "conf1", "pts2", "conf2"]
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Both views (B, 3, H, W) in [-1, 1]."""
+        image = batch["image"].float() / 127.5 - 1
+        return image[:, 0], image[:, 1]
 
 
 class Deployed(nn.Module):

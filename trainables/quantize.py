@@ -1,0 +1,129 @@
+"""Quantize: a Ray trainable that rounds a model to INT8 and, only where that loses too much, trains on.
+
+Epoch 1 is post-training quantization: calibrate, write the INT8 file, validate that very file. A drop within the
+budget ends the trial there. Otherwise the following epochs fine-tune: in floating point first, with fake quantization
+in the last `qat_share` of them, whose ranges stand still for the last `frozen_share` (as networks under fake
+quantization settle better: Krishnamoorthi 2018, arXiv:1806.08342, section 3.2). Every validation is that of the INT8
+file that the weights of that epoch give, so a curve shows what would be deployed.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainables import deploy, fake_quant
+from trainables.config import QuantSettings
+from trainables.distill import Distill
+from trainables.domain import Batch, Domain
+from trainables.gates import paired_drop
+
+CALIBRATION_BATCH = 32
+
+
+def source(domain: Domain, model: str) -> nn.Module:
+    """The model that is quantized: the teacher, or a checkpoint. InputError names what is wrong with a file."""
+    return domain.teacher() if model == "teacher" else domain.load(Path(model))
+
+
+class Quantize(Distill):
+    """All trials of a seed see the same samples in the same order, so that their differences are paired."""
+
+    def build(self) -> None:
+        """The model to quantize and its policy; see :class:`trainables.distill.Distill`."""
+        super().build()
+        own = {key: value for key, value in self.settings.items() if key in QuantSettings.model_fields}
+        self.quant = QuantSettings(**own)
+        self.policy = self.quant.policy
+        self.faked = False
+
+    def _student(self, cache: Path) -> nn.Module:
+        return source(self.domain, self.settings["model"]).train().requires_grad_(True)
+
+    # ------------------------------------------------------------------ the course of a trial
+    @property
+    def _first_faked(self) -> int:
+        """The first epoch with fake quantization; epoch 1 is the rounding of the model as it came."""
+        trained = self.settings["epochs"] - 1
+        return 2 + math.floor((1 - self.quant.qat_share) * trained)
+
+    def step(self) -> dict[str, Any]:
+        """One epoch; a model that rounds within the budget is done after the first."""
+        result = super().step()
+        if result["epoch"] == 1 and result["val_drop"] <= self.config["budget"]:
+            result["done"] = True
+        return result
+
+    def _train(self) -> dict[str, float]:
+        epoch = self.epoch + 1
+        if epoch == 1:
+            return {"fake_quant": 0.0}
+        if epoch >= self._first_faked:
+            self._fake(epoch)
+        return {**super()._train(), "fake_quant": float(self.faked)}
+
+    def train_step(self, batch: Batch, step: int, total: int) -> dict[str, Tensor]:
+        """The learning rate's schedule spans the epochs that train: all but the first."""
+        return super().train_step(batch, step - self.steps_per_epoch, total - self.steps_per_epoch)
+
+    def _fake(self, epoch: int) -> None:
+        """Fake quantization with ranges of the present weights, until they are frozen."""
+        if not self.faked:
+            self._insert()
+        elif epoch <= self.settings["epochs"] - math.ceil(self.quant.frozen_share * self.settings["epochs"]):
+            fake_quant.recalibrate(self.model, self._calibration)
+
+    def _insert(self) -> None:
+        names = fake_quant.module_names(deploy.choices_of(self.domain, self.model, self.policy), self.model)
+        fake_quant.insert(self.model, names, self.policy, self._calibration)
+        self.faked = True
+
+    @torch.no_grad()
+    def _calibration(self, model: nn.Module) -> None:
+        """A pass over the calibration samples."""
+        model.eval()
+        for rows in torch.split(torch.arange(self.policy.calibration), CALIBRATION_BATCH):
+            batch = {name: value.to(self.device) for name, value in self.domain.samples("train", rows).items()}
+            self.domain.forward(model, batch)
+        model.train()
+
+    # ------------------------------------------------------------------ what is validated and kept
+    def validate(self) -> dict[str, float]:
+        """The drop of the INT8 file against the teacher in floating point."""
+        plain = self._plain()
+        path = self.folder / "candidate.onnx"
+        deploy.export_int8(self.domain, plain, self.policy, path)
+        values = self.domain.evaluate(deploy.Engine(path), "val")
+        own = values[self.domain.primary]
+        fall = paired_drop(own.numpy(), self.reference.numpy(), self.domain.lower_is_better, seed=self.seed)
+        drops = {"val_drop": fall.value, "val_drop_lo": fall.lo, "val_drop_hi": fall.hi}
+        return {**drops, "val_quality": float(own.mean()), **{f"val_{k}": float(v.mean()) for k, v in values.items()}}
+
+    def _plain(self) -> nn.Module:
+        """The present weights in a model without quantizers, on the CPU."""
+        model = self.domain.blank(self.model)
+        model.load_state_dict({name: value.cpu() for name, value in fake_quant.plain_state(self.model).items()})
+        return model.eval()
+
+    def exported(self) -> dict[str, Any]:
+        """The plain weights, the policy that rounds them, and where they come from."""
+        origin = {"params": dict(self.config["params"]), "seed": self.seed, "epoch": self.epoch}
+        quantization = {"policy": self.policy.to_data(), "model": self.settings["model"], "seed": self.seed}
+        return {**self.domain.export(self._plain()), "quantization": quantization, "origin": origin}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["epoch"] >= self._first_faked:
+            self._insert()  # the state holds the quantizers' ranges
+        super()._restore(state)
+
+
+class Round(Quantize):
+    """Post-training quantization alone."""
+
+    def step(self) -> dict[str, Any]:
+        """The one epoch."""
+        return {**super().step(), "done": True}
