@@ -6,9 +6,10 @@ Every key with its unit and meaning is explained in ``sweeps/settings/*.yaml``; 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trainables.schedules import Schedule
 
@@ -60,10 +61,15 @@ class WorkloadSettings(Settings):
         return self
 
 
+def _absolute(teacher: str) -> str:
+    """A path as every process finds it: workers of a cluster have another working directory."""
+    return teacher if teacher == "shipped" else str(Path(teacher).expanduser().absolute())
+
+
 class DistillSettings(Settings):
     """How one student is made from the teacher; a trial overrides the keys that it searches."""
 
-    teacher: str = "shipped"
+    teacher: Annotated[str, AfterValidator(_absolute)] = "shipped"
     epochs: Count = 30
     pairs_per_epoch: Count = 1536
     train_pairs: Count = 16384

@@ -7,6 +7,7 @@ latency alone on its device and interleaved with the teacher, so that the ratio 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
@@ -30,11 +31,17 @@ from trainables.teacher_cache import TeacherCache, inherited, teacher_metrics
 Job = dict[str, Any]
 
 
-def prepare(job: Job) -> dict[str, Any]:
-    """Fill the teacher cache and measure the teacher on validation data, before the first trial starts.
+def identify(job: Job) -> tuple[dict[str, str], dict[str, Any]]:
+    """The hash of the teacher's content, under its setting's name, and the samples on which latency is measured.
 
-    Returns the samples on which latency is measured, for the workload's file.
+    Writes nothing. InputError for a teacher that cannot serve.
     """
+    domain = _domain(job)
+    return {"teacher": model_hash(domain.teacher())}, domain.sampled()
+
+
+def prepare(job: Job) -> None:
+    """Fill the teacher cache and measure the teacher on validation data, before the first trial starts."""
     torch.set_num_threads(1)
     domain, settings, cache = _domain(job), job["settings"], Path(job["cache_dir"])
     domain.teacher()
@@ -43,10 +50,9 @@ def prepare(job: Job) -> dict[str, Any]:
         if settings["init"] == "inherit":
             inherited(cache, domain)
         trials = [make_domain(job["domain"], settings, params, job["seed"]) for params in job["trials"]]
-        for states in {any(signal.states for signal in trial.signals()) for trial in trials}:
-            make = partial(_domain, job)
-            TeacherCache(cache, make, settings["train_pairs"], states).build(int(environment()["cores"] or 1))
-    return domain.sampled()
+        states = any(signal.states for trial in trials for signal in trial.signals())
+        shared = TeacherCache(cache, partial(_domain, job), settings["train_pairs"], states)
+        shared.build(int(environment()["cores"] or 1), partial(_report, job))
 
 
 def measure_quality(job: Job) -> dict[str, Any]:
@@ -138,6 +144,15 @@ def measure_latency(job: Job) -> dict[str, Any]:
         "notes": None if onnx else "timed in torch: this onnxruntime has no CUDA (install onnxruntime-gpu)",
         "extra": {**extra, **({} if device == "cuda" else {"ram_GB": memory})},
     }
+
+
+def _report(job: Job, done: int, total: int) -> None:
+    """Say how far the teacher's outputs are, where somebody asked for it; the file appears whole."""
+    if "report" in job:
+        path = Path(job["report"])
+        partial_ = path.with_name(f"{path.name}.tmp")
+        partial_.write_text(json.dumps(["pairs of the teacher's outputs", done, total]))
+        partial_.replace(path)
 
 
 def _domain(job: Job) -> Domain:
