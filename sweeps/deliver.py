@@ -108,10 +108,10 @@ def found_effects(sweep: Sweep, ledger: Ledger) -> dict[str, Any]:
         return {"effects": [], "why": str(error)}
 
 
-def write_workload(ledger: Ledger, resolved: Resolved, sampled: Mapping[str, Any]) -> None:
+def write_workload(ledger: Ledger, resolved: Resolved) -> None:
     """workload.yaml: the protocol, its hash, and the pairs that follow from it, so that others can measure the same."""
     if WORKLOAD.name in resolved.models:
-        data = {"workload_hash": resolved.workload_hash, **resolved.workload, **sampled}
+        data = {"workload_hash": resolved.workload_hash, **resolved.workload, **resolved.sampled}
         text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
         _put(ledger.folder / WORKLOAD.name, lambda path: path.write_text(text))
         ledger.append("file", path=WORKLOAD.name, trial_id=None)

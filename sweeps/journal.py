@@ -8,6 +8,7 @@ holds them).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -118,9 +119,11 @@ def _lock(folder: Path) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}; expected a folder that can be written") from error
+            raise _unwritable(folder, error.strerror) from error
         try:
             _take(lock, folder)
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             if os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
                 return lock
         except FileNotFoundError:
@@ -139,8 +142,25 @@ def _take(lock: int, folder: Path) -> None:
         raise InputError(
             f"{folder} is in use by {holder}: wait for it to end or stop it, or give another --storage"
         ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def check_free(folder: Path) -> None:
+    """The InputErrors of `Journal.open` for a folder that cannot be written or is held; makes and changes nothing."""
+    here = next(place for place in (folder, *folder.parents) if place.exists())
+    if not here.is_dir() or not os.access(here, os.W_OK | os.X_OK):
+        raise _unwritable(folder, os.strerror(errno.EACCES if here.is_dir() else errno.ENOTDIR))
+    try:
+        lock = os.open(folder / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        _take(lock, folder)
+    finally:
+        os.close(lock)
+
+
+def _unwritable(folder: Path, reason: str | None) -> InputError:
+    return InputError(f"{folder}: {reason}; expected a folder that can be written, name another --storage")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -211,7 +231,10 @@ def _scan(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 torn = torn or number
             elif torn:
                 # Dropping everything from here on would throw away good work: a person must look.
-                raise InputError(f"{path}: line {torn} is damaged, but good lines follow; expected one event per line")
+                raise InputError(
+                    f"{path}: line {torn} is damaged, but good lines follow; "
+                    "repair it by hand, or start anew in another --storage"
+                )
             else:
                 end += len(line)
                 yield event, end

@@ -5,11 +5,13 @@ pictures. The journal is written at every step, so an interruption at any point 
 progress.
 """
 
+from sweeps.interrupts import INTERRUPTED, interruptible  # before what is slow to import
+
+# isort: split
 import contextlib
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,19 +26,19 @@ from rich.console import Console
 from engines.errors import InputError
 from sweeps import cluster as ray_cluster
 from sweeps import deliver, dry, flags
-from sweeps.ledger import Ledger
+from sweeps.ledger import Ledger, inspect
 from sweeps.lineage import best_of
 from sweeps.measure import Bench, compile_best, measure, prepare
 from sweeps.plan import Planned, Planner, refuse_hidden
 from sweeps.progress import Progress
-from sweeps.search import Search
+from sweeps.search import Search, far_end
 from sweeps.settings import Resolved, digest, resolve
 from sweeps.spec import Sweep
 from sweeps.tracking import Tracker, check_reachable, default_uri
 from sweeps.training import rule_of, train
 
 FLUSH_S = 60.0
-NOTHING, INTERRUPTED = 1, 130
+NOTHING = 1
 
 
 @dataclass
@@ -77,6 +79,11 @@ class Order:
         return self.given.tracking_uri or default_uri(self.given.storage)
 
     @property
+    def config_hash(self) -> str:
+        """Of all that a resumed sweep must have in common with its start; files count by what they hold."""
+        return digest({**self.config, **self.resolved.contents})
+
+    @property
     def header(self) -> dict[str, Any]:
         """The journal's first line."""
         return {
@@ -84,7 +91,7 @@ class Order:
             "stage": self.sweep.stage,
             "domain": self.sweep.domain,
             "profile": self.given.profile,
-            "config_hash": digest(self.config),
+            "config_hash": self.config_hash,
             "workload_hash": self.resolved.workload_hash,
             "settings": dict(self.config),
             "git_commit": git_commit(),
@@ -107,8 +114,10 @@ def run(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
     command = shlex.join([program("python"), *sys.argv] if argv is None else [sweep.name, *argv])
     try:
         order = take_order(sweep, argv, command)
+        check_reachable(order.tracking_uri)
         if order.given.dry_run:
-            dry.show(order.sweep, order.planned, order.resolved, order.folder, order.given.samples)
+            known = inspect(order.folder, order.given.resume, order.header)
+            dry.show(order.sweep, order.planned, order.resolved, order.folder, order.given.samples, known)
             return 0
         return _execute(order)
     except (InputError, OSError) as error:
@@ -122,6 +131,9 @@ def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
     given = flags.parse(script, argv, searchable=bool(sweep.space))
     resolved = resolve(sweep.settings, given.profile, _started(sweep, given))
     refuse_hidden(sweep, given.overrides)
+    if sweep.measure:
+        job = {"domain": sweep.domain, "settings": dict(resolved.values), "seed": given.seed}
+        resolved = resolved.identified(*sweep.measure.identify(job))
     planner = Planner(sweep, resolved, given.seed)
     teacher = [planner.teacher()] if sweep.measure else []
     seeds = range(given.seed, given.seed + (given.seeds or sweep.seeds))
@@ -134,6 +146,7 @@ def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
     config |= {f"trial {p.exp_id}": dict(p.params) for p in planned if p.role == "trial"}
     if len(seeds) > 1:
         config["seeds"] = len(seeds)
+    config |= {f"{key}_content": content for key, content in resolved.contents.items()}
     name = f"{stem}_{given.profile}_seed{given.seed}{search}"
     return Order(sweep, given, resolved, planner, planned, name, config, command)
 
@@ -152,13 +165,12 @@ def _execute(order: Order) -> int:
     clock, console = Clock(), Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 140)  # a log file has no edge at which a table would have to wrap
-    check_reachable(order.tracking_uri)
     ledger = Ledger.open(order.folder, order.given.resume)
     try:
         if order.given.resume:
             ledger.check(order.header)
         # In this order: Ray sets its own handler of SIGTERM, which would abort the process.
-        with ray_cluster.connect(order.given.address) as cluster, _interruptible():
+        with ray_cluster.connect(order.given.address) as cluster, interruptible():
             return _sweep(order, ledger, cluster, clock, console)
     except KeyboardInterrupt:
         return _interrupted(order, ledger, console)
@@ -177,23 +189,25 @@ def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Cl
         "domain": sweep.domain,
         "profile": order.given.profile,
         "workload_hash": order.resolved.workload_hash,
-        "config_hash": digest(order.config),
+        "config_hash": order.config_hash,
         "git_commit": git_commit(),
         "seed": order.given.seed,
     }
     cache = order.given.storage / "cache"
-    bench = Bench(sweep, order.resolved, ledger, cluster, cache, common)
+    kinds = [trial.params for trial in sweep.trials]
+    if order.given.samples:
+        kinds.append(far_end(sweep.space))
+    bench = Bench(sweep, order.resolved, ledger, cluster, cache, common, kinds)
     progress = Progress(console, rule_of(sweep, values).max_evals)
     clock.mark("set-up")
     with progress.show():
-        sampled = {}
         if sweep.measure:
-            sampled = prepare(bench, sweep.measure, progress)
+            prepare(bench, sweep.measure, progress)
             clock.mark("teacher's outputs")
         ledger.begin(order.header, masked(order.command))
         ledger.add(order.planned)
         progress.watch(ledger.state.trials)
-        deliver.write_workload(ledger, order.resolved, sampled)
+        deliver.write_workload(ledger, order.resolved)
         with contextlib.closing(Tracker(ledger.journal.path, order.tracking_uri)) as tracker:
             tracker.start()
             for batch in _batches(order, ledger, cluster.slots):
@@ -331,20 +345,6 @@ def _interrupted(order: Order, ledger: Ledger, console: Console) -> int:
     else:
         console.print("\nInterrupted before the first trial; nothing was begun.")
     return INTERRUPTED
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM, which schedulers of clusters send, ends a sweep as Ctrl-C does."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def shown(path: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import InputError
-from sweeps.journal import LOCK, NAME, Journal, SweepState, TrialState, read_events
+from sweeps.journal import LOCK, NAME, Journal, SweepState, TrialState, check_free, read_events
 from sweeps.plan import Planned
 
 
@@ -24,6 +24,7 @@ class Ledger:
     state: SweepState
     planned: dict[str, Planned] = field(default_factory=dict)
     begun: bool = False  # whether this driver has written to the journal
+    made: tuple[Path, ...] = ()  # folders that were not there before, the deepest first
     _searched: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -31,19 +32,12 @@ class Ledger:
         """Take the folder; InputError when it is held, holds a sweep (without resume) or holds none (with
         it).
         """
-        known = (folder / NAME).is_file() and (folder / NAME).stat().st_size > 0
-        if resume and not known:
-            others = sorted(path.parent.name for path in folder.parent.glob(f"*/{NAME}"))
-            there = f"; there are {', '.join(others)}" if others else ""
-            raise InputError(f"--resume: no sweep {folder.name} in {folder.parent}{there}; start it without --resume")
-        if known and not resume:
-            raise InputError(
-                f"{folder} already holds this sweep: add --resume to go on with it, or name another --storage"
-            )
+        _refuse(folder, resume)
+        made = tuple(place for place in (folder, *folder.parents) if not place.exists())
         journal = Journal.open(folder)
         path = folder / NAME
         searched = [e["search"]["params"] for e in read_events(path) if "search" in e]
-        return cls(folder, journal, SweepState.replay(path), _searched=searched)
+        return cls(folder, journal, SweepState.replay(path), made=made, _searched=searched)
 
     def searched(self) -> list[dict[str, Any]]:
         """The study's parameters of all searched trials so far, in the order in which they were asked."""
@@ -54,8 +48,9 @@ class Ledger:
         if not self.state.header:  # removed while still held: a driver that waits at the door must not lose its own
             for name in (NAME, LOCK):
                 (self.folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
+            for place in (self.folder / "work", self.folder, *self.made):
+                with contextlib.suppress(OSError):  # it holds something, or is gone
+                    place.rmdir()
         self.journal.close()
 
     def append(self, event: str, **fields: Any) -> None:
@@ -114,6 +109,30 @@ class Ledger:
         """The trial's best checkpoint, None where it has none."""
         path = self.state_dir(trial_id) / "best.pth"
         return path if path.is_file() else None
+
+
+def inspect(folder: Path, resume: bool, header: Mapping[str, Any]) -> SweepState | None:
+    """The sweep that a resume would go on with; InputErrors as of `Ledger.open` and `Ledger.check`. Touches nothing."""
+    _refuse(folder, resume)
+    check_free(folder)
+    if not resume:
+        return None
+    state = SweepState.replay(folder / NAME)
+    refuse_changed(folder.name, state.header, header)
+    return state
+
+
+def _refuse(folder: Path, resume: bool) -> None:
+    known = (folder / NAME).is_file() and (folder / NAME).stat().st_size > 0
+    if resume and not known:
+        others = sorted(path.parent.name for path in folder.parent.glob(f"*/{NAME}"))
+        there = f"; there are {', '.join(others)}" if others else ""
+        raise InputError(
+            f"--resume: no sweep {folder.name} in {folder.parent}{there}; start it without --resume, "
+            "or name the --storage that holds it"
+        )
+    if known and not resume:
+        raise InputError(f"{folder} already holds this sweep: add --resume to go on with it, or name another --storage")
 
 
 def refuse_changed(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

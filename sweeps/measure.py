@@ -2,7 +2,10 @@
 trial.
 """
 
+import contextlib
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,7 +33,10 @@ BASELINE = ("chamfer", "absrel", "rmse", "delta1", "params_M", "flops_G", "size_
 
 @dataclass(frozen=True)
 class Bench:
-    """What measuring needs: the sweep, its settings, where things lie, and what every record repeats."""
+    """What measuring needs: the sweep, its settings, where things lie, and what every record repeats.
+
+    kinds: parameters of trials that together need all that any trial will share with others.
+    """
 
     sweep: Sweep
     resolved: Resolved
@@ -38,6 +44,7 @@ class Bench:
     cluster: Cluster
     cache_dir: Path
     common: Mapping[str, Any]
+    kinds: Sequence[Mapping[str, Any]]
 
     def job(self, trial: Planned | None) -> dict[str, Any]:
         """What a measuring function is given; None or the teacher: no weights."""
@@ -45,9 +52,10 @@ class Bench:
             "domain": self.sweep.domain,
             "settings": dict(self.resolved.values),
             "seed": trial.seed if trial else self.common["seed"],
+            "workload_hash": self.resolved.workload_hash,
             "work_dir": str(self.ledger.folder / "work"),
             "cache_dir": str(self.cache_dir),
-            "trials": [dict(trial.params) for trial in self.sweep.trials],
+            "trials": [dict(params) for params in self.kinds],
         }
         if trial:
             weights = self.ledger.best_weights(trial.trial_id) if trial.role == "trial" else None
@@ -61,16 +69,24 @@ class Bench:
         return job
 
 
-def prepare(bench: Bench, measures: Measures, progress: Progress) -> dict[str, Any]:
-    """Build what all trials share, alone on one node; what belongs into the workload's file (its pairs).
-
-    InputError of the builder is passed on.
-    """
-    Path(bench.job(None)["work_dir"]).mkdir(parents=True, exist_ok=True)
-    with progress.phase("preparing what all trials share"):
-        found = _wait([_alone(bench.cluster).remote(measures.prepare, bench.job(None))])[0]
+def prepare(bench: Bench, measures: Measures, progress: Progress) -> None:
+    """Build what all trials share, alone on one node. InputError of the builder is passed on."""
+    job = bench.job(None)
+    folder = Path(job["work_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    # Across nodes, the storage is what the task and the driver share.
+    report = folder / f".progress.{os.getpid()}"
+    try:
+        with progress.phase("preparing what all trials share"):
+            ref = _alone(bench.cluster).remote(measures.prepare, {**job, "report": str(report)})
+            while not ray.wait([ref], timeout=1.0)[0]:
+                with contextlib.suppress(OSError):  # nothing to count yet
+                    what, done, total = json.loads(report.read_text())
+                    progress.item(what, done, total)
+            found = _wait([ref])[0]
+    finally:
+        report.unlink(missing_ok=True)
     _raise(found)
-    return dict(found)
 
 
 def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> None:

@@ -65,7 +65,7 @@ class Planner:
             self.sweep.domain,
             self.sweep.trainable.__name__,
             dict(trial.params),
-            dict(self.resolved.values),
+            self.resolved.identity,
             seed,
             self.resolved.workload_hash,
             run,
@@ -84,7 +84,7 @@ class Planner:
 
     def teacher(self) -> Planned:
         """The reference every trial is compared with: measured like a trial, never trained here."""
-        identity = [self.sweep.domain, "teacher", dict(self.resolved.values), self.resolved.workload_hash]
+        identity = [self.sweep.domain, "teacher", self.resolved.identity, self.resolved.workload_hash]
         return Planned(
             trial_id=digest(identity),
             exp_id=exp_id("P0", "teacher", "", 1),

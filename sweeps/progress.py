@@ -28,7 +28,9 @@ class Progress:
     phase_s: dict[str, float] = field(default_factory=dict)
     _phase: str = ""
     _since: float = 0.0
-    _base: int = 0
+    _counted_since: float = 0.0
+    _base: dict[str, int] = field(default_factory=dict)
+    _width: int = 0
     _total: int = 0
     _done: int = 0
     _item: str = ""
@@ -54,7 +56,8 @@ class Progress:
     def phase(self, name: str, total: int = 0) -> Iterator[None]:
         """A part of the sweep; its seconds add up in `phase_s`."""
         self._phase, self._since, self._total, self._done, self._item = name, time.monotonic(), total, 0, ""
-        self._base = self._epochs_done()
+        self._counted_since, self._width = self._since, 0
+        self._base = {trial.trial_id: len(trial.results) for trial in self._mine()}
         self._say(force=True)
         try:
             yield
@@ -68,6 +71,7 @@ class Progress:
     def started(self, trial: TrialState) -> None:
         """A trial runs."""
         self.running.add(trial.trial_id)
+        self._width = max(self._width, len(self.running))
         self._say()
 
     def result(self, trial: TrialState) -> None:
@@ -85,28 +89,33 @@ class Progress:
         self.running.discard(trial.trial_id)
         self._line(f"{trial.exp_id}: failed. {trial.error}")
 
-    def item(self, name: str, done: int) -> None:
-        """`done` of the phase's items are ready; `name` is at work."""
+    def item(self, name: str, done: int, total: int | None = None) -> None:
+        """`done` of the phase's items (of `total`, where the phase did not know it before) are ready; `name` is at
+        work."""
+        if total not in (None, self._total):
+            self._total, self._counted_since = total, time.monotonic()
         self._item, self._done = name, done
         self._say()
 
     def time_left_s(self) -> float | None:
         """Estimate for the present phase in seconds, None before its first item ended."""
-        spent = time.monotonic() - self._since
         if self._phase == "training":
-            done, todo = self._epochs_done() - self._base, self._epochs_left()
-        else:
-            done, todo = self._done, self._total - self._done
-        return spent / done * todo if done > 0 else None
+            return self._training_left_s()
+        spent = time.monotonic() - self._counted_since
+        return spent / self._done * (self._total - self._done) if self._done > 0 else None
+
+    def _training_left_s(self) -> float | None:
+        """From the seconds of the epochs themselves: the clock of the phase also holds the start of the workers and,
+        for trials side by side, epochs that are nearly done."""
+        new = [trial.results[self._base.get(trial.trial_id, 0) :] for trial in self._mine()]
+        took = [row["epoch_s"] for rows in new for _, row in rows if row.get("epoch_s", math.nan) > 0]
+        left = [self.epochs - t.epoch for t in self._mine() if t.stop is None and t.error is None]
+        if not took or not left:
+            return None
+        return sum(took) / len(took) * max(sum(left) / max(1, self._width), *left)
 
     def _mine(self) -> list[TrialState]:
         return [trial for trial in list(self.trials.values()) if trial.role == "trial"]
-
-    def _epochs_done(self) -> int:
-        return sum(trial.epoch for trial in self._mine())
-
-    def _epochs_left(self) -> int:
-        return sum(self.epochs - t.epoch for t in self._mine() if t.stop is None and t.error is None)
 
     def _headline(self) -> str:
         mine = self._mine()
@@ -120,6 +129,8 @@ class Progress:
             words.append(f"{self._done} of {self._total}" + (f" ({self._item})" if self._item else ""))
         if left is not None:
             words.append(f"about {duration(left)} left" + (" before measuring" if self._phase == "training" else ""))
+        elif self._phase == "training" or self._total:
+            words.append("estimating the time left")
         return ", ".join(words)
 
     def _say(self, force: bool = False) -> None:

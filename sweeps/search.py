@@ -86,6 +86,17 @@ class Search:
         return planned
 
 
+def far_end(space: Mapping[str, Range | OneOf]) -> dict[str, Any]:
+    """Parameters of a trial at the upper end of every range, where all that the space may turn on is on."""
+    point: dict[str, Any] = {}
+    for name, words in space.items():
+        if isinstance(words, Range):
+            point[name] = words.high
+        else:
+            point[name] = 1.0 if schedule_options(words) else words.options[-1]
+    return point
+
+
 def _values(trial: TrialState) -> list[float] | None:
     """The objectives, None where one is missing. Validation steers the search: the test split only reports."""
     p50 = (trial.record or {}).get("t_pair_p50_ms")

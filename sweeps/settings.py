@@ -10,8 +10,9 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -33,11 +34,16 @@ PRETRAIN = SettingsFile("pretrain.yaml", PretrainSettings)
 class Resolved:
     """The settings of one run: `values` are flat and plain JSON; `models` are the same, checked, by file
     name.
+
+    contents: hashes of the files that settings name, by setting. sampled: the samples that follow from the
+    workload. Both are empty until `identified`.
     """
 
     profile: str
     values: Mapping[str, Any]
     models: Mapping[str, BaseModel]
+    contents: Mapping[str, str] = field(default_factory=dict)
+    sampled: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def workload(self) -> dict[str, Any]:
@@ -47,8 +53,17 @@ class Resolved:
 
     @property
     def workload_hash(self) -> str:
-        """12 hex digits; results of different workloads are never compared."""
-        return digest(self.workload)
+        """12 hex digits of the protocol and its samples; results of different workloads are never compared."""
+        return digest({**self.workload, **self.sampled})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The values with what files hold in place of where they lie: equal identities give equal results."""
+        return {**self.values, **self.contents}
+
+    def identified(self, contents: Mapping[str, str], sampled: Mapping[str, Any]) -> "Resolved":
+        """The same settings, and what they stand for."""
+        return replace(self, contents=contents, sampled=sampled)
 
     def with_params(self, params: Mapping[str, Any], name: str) -> None:
         """Check a trial's own parameters as if they stood in the files; InputError names the trial."""
@@ -78,7 +93,7 @@ def resolve(files: Sequence[SettingsFile], profile: str, overrides: Mapping[str,
         if key not in known:
             problems.append(f"--set {key}: {_unknown(key, known)}")
     values |= {key: value for key, value in overrides.items() if key in known}
-    models = _check(files, values, problems, None)
+    models = _check(files, values, problems, None, overrides)
     if problems:
         raise InputError("; ".join(problems))
     flat = {key: value for model in models.values() for key, value in model.model_dump(mode="json").items()}
@@ -142,9 +157,13 @@ def _read(file: SettingsFile, profile: str, problems: list[str]) -> dict[str, An
 
 
 def _check(
-    files: Sequence[SettingsFile], values: Mapping[str, Any], problems: list[str], trial: str | None
+    files: Sequence[SettingsFile],
+    values: Mapping[str, Any],
+    problems: list[str],
+    trial: str | None,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, BaseModel]:
-    """Build the models; wrong types, limits and combinations go to `problems`."""
+    """Build the models; wrong types, limits and combinations go to `problems`, blamed on whoever gave the value."""
     known = _owners(files)
     models: dict[str, BaseModel] = {}
     if trial:
@@ -158,8 +177,17 @@ def _check(
             for item in error.errors():
                 key = ".".join(str(part) for part in item["loc"])
                 said = item["msg"].removeprefix("Value error, ")
-                problems.append(f"{where}: {key}={item['input']!r}: {said}" if key else f"{where}: {said}")
+                given = [name for name in overrides if name in own and (not key or name == item["loc"][0])]
+                if given:
+                    problems.append(f"{' '.join(f'--set {name}={_typed(overrides[name])}' for name in given)}: {said}")
+                else:
+                    problems.append(f"{where}: {key}={item['input']!r}: {said}" if key else f"{where}: {said}")
     return models
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed behind --set."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _owners(files: Sequence[SettingsFile]) -> list[str]:

@@ -36,19 +36,24 @@ Job = dict[str, Any]
 
 
 class Measures(Protocol):
-    """What a sweep does beside training; the module `trainables.evaluate` is one. Every function runs as a
-    Ray task.
+    """What a sweep does beside training; the module `trainables.evaluate` is one. Every function but
+    `identify` runs as a Ray task.
 
-    A job is {"domain", "settings", "seed", "work_dir", "cache_dir", "trials" (parameters of the
-    plan's trials)}; for the two measurements also {"trial_id", "weights" (a path; None for
-    the teacher), "params", "state_dir"}.
+    A job is {"domain", "settings", "seed"}; for all but `identify` also {"work_dir", "cache_dir", "trials"
+    (parameters of trials that together need all that is shared)}; for `prepare` also {"report" (a file in which it
+    may say how far it is: JSON [what, done, total])}; for the two measurements also {"trial_id", "weights" (a path;
+    None for the teacher), "params", "state_dir"}.
     """
 
-    def prepare(self, job: Job) -> dict[str, Any]:
-        """Build what all trials share (the teacher's cached outputs) before the first one starts.
+    def identify(self, job: Job) -> tuple[dict[str, str], dict[str, Any]]:
+        """What the settings stand for: content hashes of the files they name, by setting, and what workload.yaml
+        shall list beside the protocol, the pairs that follow from it.
 
-        Returns what workload.yaml shall list beside the protocol: the pairs that follow from it.
+        Runs in the driver, also for --dry-run: it writes nothing. InputError for a file that cannot serve.
         """
+
+    def prepare(self, job: Job) -> None:
+        """Build what all trials share (the teacher's cached outputs) before the first one starts."""
 
     def measure_quality(self, job: Job) -> dict[str, Any]:
         """Record fields of quality; several run at once."""

@@ -69,7 +69,8 @@ def train(
         progress.stopped(ledger.trial(trial_id))
 
     histories = {key: trial.drops for key, trial in ledger.state.trials.items() if trial.results}
-    scheduler = _Timed(rule_of(sweep, values), on_result, on_stop, histories)
+    rule = rule_of(sweep, values)
+    scheduler = _Timed(rule, on_result, on_stop, histories)
     waiting = []
     for trial in unfinished(ledger, planned):
         # The driver may have died between the last result and its stop.
@@ -88,6 +89,7 @@ def train(
             "domain": sweep.domain,
             "params": dict(trial.params),
             "settings": dict(values),
+            "budget": rule.budget,
             "seed": trial.seed,
         }
         for trial in waiting

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from engines.errors import InputError
 from engines.policy import QuantPolicy
@@ -40,6 +41,7 @@ class WorkloadSettings(Settings):
     warmup: int = Field(5, ge=0)
     repeats: int = Field(60, ge=5)
     threads: Count = 1
+    peers: bool = False
 
     @field_validator("image_size")
     @classmethod
@@ -63,10 +65,15 @@ class WorkloadSettings(Settings):
         return self
 
 
+def _absolute(model: str) -> str:
+    """A path as every process finds it: workers of a cluster have another working directory."""
+    return model if model in ("shipped", "teacher") else str(Path(model).expanduser().absolute())
+
+
 class TrainingSettings(Settings):
     """How a model is trained on the task and on its teacher's outputs; a trial overrides the keys that it searches."""
 
-    teacher: str = "shipped"
+    teacher: Annotated[str, AfterValidator(_absolute)] = "shipped"
     epochs: Count = 30
     pairs_per_epoch: Count = 1536
     train_pairs: Count = 16384
@@ -111,9 +118,9 @@ class DistillSettings(TrainingSettings):
 
 
 class QuantSettings(TrainingSettings):
-    """How a model is quantized: the policy of engines/policy.py, and the training where rounding alone loses too much."""
+    """How a model is quantized: the policy of engines/policy.py, and the training where rounding loses too much."""
 
-    model: str = "teacher"
+    model: Annotated[str, AfterValidator(_absolute)] = "teacher"
     bits_w: int = 8
     bits_a: int = 8
     keep: tuple[str, ...] = ("layernorm", "softmax", "attention")

@@ -1,22 +1,28 @@
-"""From weights to the ONNX file that is deployed and measured: FP32, or INT8 by a policy; and back into a module."""
+"""From weights to the files that are deployed and measured: ONNX in FP32, or INT8 by a policy, and a TensorRT engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
-from engines.calibrate import calibrate
 from engines.export import export_onnx
-from engines.policy import QuantPolicy
-from engines.quantize import quantize_cpu
-from engines.runtimes import Array, OnnxRuntime
-from trainables.domain import Domain
+from engines.policy import Choice, QuantPolicy, choices
+from engines.quantize import Report, post_training
+from engines.runtimes import Arrays, OnnxRuntime
+from trainables import checkpoint
+from trainables.domain import Domain, make_domain
 
-BATCH = 32
+Job = dict[str, Any]  # see sweeps/spec.py
+
+CALIBRATION_BATCH = 32
 
 
 class Engine(nn.Module):
@@ -33,21 +39,76 @@ class Engine(nn.Module):
         return tuple(torch.from_numpy(np.concatenate(parts)) for parts in zip(*runs, strict=True))
 
 
+def domain_of(job: Job) -> Domain:
+    """The domain of a measuring job, with the trial's own parameters."""
+    return make_domain(job["domain"], job["settings"], job.get("params", {}), job["seed"])
+
+
+def model_of(job: Job, domain: Domain) -> nn.Module:
+    """The trial's best weights."""
+    return domain.load(Path(job["weights"])).eval()
+
+
+def file_of(job: Job) -> Path:
+    """Where the deployed ONNX file of a trial lies."""
+    return Path(job["state_dir"]) / "deployed.onnx"
+
+
+def policy_of(weights: Path) -> QuantPolicy | None:
+    """The policy by which a checkpoint is to be rounded; None for one that is deployed in floating point."""
+    found = checkpoint.load(weights, "model").get("quantization")
+    return QuantPolicy.from_data(found) if found else None
+
+
 def export_fp32(domain: Domain, model: nn.Module, path: Path) -> float:
     """Write the deployed form of `model` as ONNX; its relative error against torch."""
     module, inputs, names_in, names_out = domain.deployed(model)
     return export_onnx(module, inputs[0], path, names_in, names_out)
 
 
-def export_int8(domain: Domain, model: nn.Module, policy: QuantPolicy, path: Path) -> dict[str, object]:
+def export_int8(domain: Domain, model: nn.Module, policy: QuantPolicy, path: Path) -> Report:
     """Write the INT8 file of `model` for ONNX Runtime; what was quantized, kept and why.
 
     Calibrated on the first training samples of the domain's seed. Raises InputError for what the policy asks and
     this model cannot give.
     """
-    fp32 = path.with_name(f"{path.stem}.fp32.onnx")
-    export_fp32(domain, model, fp32)
-    try:
-        return quantize_cpu(fp32, path, policy, ranges_of(domain, fp32, policy))
-    finally:
-        fp32.unlink(missing_ok=True)
+    with _fp32(domain, model, path.parent) as fp32:
+        return post_training(fp32, path, policy, feeds(domain, policy.calibration))
+
+
+def compile_int8(
+    domain: Domain, model: nn.Module, policy: QuantPolicy, path: Path, workload_hash: str
+) -> dict[str, Any]:
+    """Compile the TensorRT engine of `model` by the same policy and the same calibration; its manifest.
+
+    Raises InputError where TensorRT is not installed or refuses the graph.
+    """
+    from engines import tensorrt_build
+
+    with _fp32(domain, model, path.parent) as fp32:
+        report = post_training(fp32, fp32.with_suffix(".int8.onnx"), policy, feeds(domain, policy.calibration))
+        return tensorrt_build.compile_int8(fp32, path, policy, report.ranges, workload_hash)
+
+
+def choices_of(domain: Domain, model: nn.Module, policy: QuantPolicy) -> list[Choice]:
+    """What the policy says of every layer of `model`."""
+    with TemporaryDirectory() as folder, _fp32(domain, model, Path(folder)) as fp32:
+        return choices(onnx.load(str(fp32)), policy)
+
+
+def feeds(domain: Domain, count: int) -> list[Arrays]:
+    """The deployed module's inputs for the first `count` training samples, batch 1."""
+    found: list[Arrays] = []
+    for rows in torch.split(torch.arange(count), CALIBRATION_BATCH):
+        inputs = domain.inputs(domain.samples("train", rows))
+        singles = (torch.split(tensor, 1) for tensor in inputs)
+        found += [tuple(tensor.numpy() for tensor in sample) for sample in zip(*singles, strict=True)]
+    return found
+
+
+@contextmanager
+def _fp32(domain: Domain, model: nn.Module, folder: Path) -> Iterator[Path]:
+    with TemporaryDirectory(dir=folder, prefix=".export.") as scratch:
+        path = Path(scratch) / "fp32.onnx"
+        export_fp32(domain, model, path)
+        yield path

@@ -6,63 +6,71 @@ latency alone on its device and interleaved with the teacher, so that the ratio 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import json
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from engines import footprint
-from engines.export import export_onnx
-from engines.latency import environment, interleaved
-from engines.runtimes import OnnxRuntime, TorchRuntime
+from engines.latency import environment
+from trainables import deploy
 from trainables.checkpoint import model_hash
+from trainables.deploy import Job, domain_of, model_of
 from trainables.domain import Domain, make_domain
-from trainables.gates import paired_drop
+from trainables.gates import Drop, paired_drop
 from trainables.teacher_cache import TeacherCache, inherited, teacher_metrics
+from trainables.timing import measure_latency
 
-Job = dict[str, Any]
+__all__ = ["compile_engine", "identify", "measure_latency", "measure_quality", "prepare"]
 
 
-def prepare(job: Job) -> dict[str, Any]:
-    """Fill the teacher cache and measure the teacher on validation data, before the first trial starts.
+def identify(job: Job) -> tuple[dict[str, str], dict[str, Any]]:
+    """The hash of the teacher's content, under its setting's name, and the samples on which latency is measured.
 
-    Returns the samples on which latency is measured, for the workload's file.
+    Writes nothing. InputError for a teacher that cannot serve.
     """
+    domain, model = domain_of(job), job["settings"].get("model", "teacher")
+    contents = {"teacher": model_hash(domain.teacher())}
+    if model != "teacher":
+        contents["model"] = model_hash(domain.load(Path(model)))
+    return contents, domain.sampled()
+
+
+def prepare(job: Job) -> None:
+    """Fill the teacher cache and measure the teacher on validation data, before the first trial starts."""
     torch.set_num_threads(1)
-    domain, settings, cache = _domain(job), job["settings"], Path(job["cache_dir"])
+    domain, settings, cache = domain_of(job), job["settings"], Path(job["cache_dir"])
     domain.teacher()
     if job["trials"]:
         teacher_metrics(cache, domain, "val", full=False)
-        if settings["init"] == "inherit":
+        if settings.get("init") == "inherit":
             inherited(cache, domain)
+        if "bits_w" in settings:
+            return  # rounding alone may do, and then no training sample is ever needed
         trials = [make_domain(job["domain"], settings, params, job["seed"]) for params in job["trials"]]
-        for states in {any(signal.states for signal in trial.signals()) for trial in trials}:
-            make = partial(_domain, job)
-            TeacherCache(cache, make, settings["train_pairs"], states).build(int(environment()["cores"] or 1))
-    return domain.sampled()
+        states = any(signal.states for trial in trials for signal in trial.signals())
+        shared = TeacherCache(cache, partial(domain_of, job), settings["train_pairs"], states)
+        shared.build(int(environment()["cores"] or 1), partial(_report, job))
 
 
 def measure_quality(job: Job) -> dict[str, Any]:
     """Quality on the test split, used here and nowhere else, and the drop against the teacher on the same samples."""
     torch.set_num_threads(1)
-    domain = _domain(job)
+    domain = domain_of(job)
     teacher = teacher_metrics(Path(job["cache_dir"]), domain, "test", full=True)
-    model = _model(job, domain) if job["weights"] else domain.teacher()
-    own = domain.evaluate(model, "test", full=True) if job["weights"] else teacher
+    model, own, more = domain.teacher(), teacher, {}
+    if job["weights"]:
+        model = model_of(job, domain)
+        deployed, more = _deployed(job, domain, model)
+        own = domain.evaluate(deployed, "test", full=True)
+        more |= _lineage(job, domain, own)
+        np.save(Path(job["state_dir"]) / "test_costs.npy", _costs(own, domain))
     primary = domain.primary
-    change = paired_drop(
-        own[primary].numpy(),
-        teacher[primary].numpy(),
-        domain.lower_is_better,
-        seed=job["settings"]["workload_seed"],
-    )
+    change = _drop(job, domain, own, teacher)
     means = {name: float(values.mean()) for name, values in own.items()}
     return {
         **means,
@@ -70,93 +78,64 @@ def measure_quality(job: Job) -> dict[str, Any]:
         "drop": change.value,
         "drop_lo": change.lo,
         "drop_hi": change.hi,
-        "parent": f"teacher:{model_hash(domain.teacher())}" if job["weights"] else None,
-        "extra": {"test_samples": len(own[primary]), "weights": model_hash(model)},
+        **more,
+        "extra": {"test_samples": len(own[primary]), "weights": model_hash(model), **more.get("extra", {})},
     }
 
 
-def measure_latency(job: Job) -> dict[str, Any]:
-    """p50 and p95 of the deployed model (ONNX Runtime), in one interleaved run with torch and the teacher in both.
+def _deployed(job: Job, domain: Domain, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """What is evaluated: the model itself or, of a quantized one, the INT8 file; with the fields that say so."""
+    policy = deploy.policy_of(Path(job["weights"]))
+    if policy is None:
+        return model, {}
+    path = deploy.file_of(job)
+    report = deploy.export_int8(domain, model, policy, path)
+    said = {"bits_w": policy.bits_w, "bits_a": policy.bits_a, "keep_list": ", ".join(policy.keep)}
+    counts = {f"layers_{precision}": report.count(precision) for precision in ("int8", "kept")}
+    return deploy.Engine(path), {**said, "extra": counts}
 
-    p50_ratio: the teacher's p50 in torch over the own deployed p50 (2 = half the time, the plan's "p50 down 50 %").
-    p50_ratio_same_runtime: the same with the teacher in ONNX Runtime too, so that it shows the model alone.
-    """
-    settings = job["settings"]
-    device, threads = "cuda" if torch.cuda.is_available() else "cpu", settings["threads"]
-    state = environment()
-    domain = _domain(job)
-    models = {"teacher": domain.teacher()}
-    if job["weights"]:
-        models["own"] = _model(job, domain)
-    own = "own" if "own" in models else "teacher"
-    module, inputs, names_in, names_out = domain.deployed(models[own])
-    # Before the engines, which move the module to their device.
-    weight = {"params_M": footprint.params_M(models[own]), "flops_G": footprint.flops_G(module, inputs[0])}
-    memory = _memory(module, inputs[0], device)
-    onnx = device == "cpu" or "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    calls: dict[str, Callable[[], object]] = {}
-    engines: dict[str, TorchRuntime | OnnxRuntime] = {}
-    errors, sizes = {}, {}
-    for name, model in models.items():
-        module, inputs, _, _ = domain.deployed(model.to("cpu"))
-        path = Path(job["work_dir"]) / f"{name}_{model_hash(model)}.onnx"
-        errors[name] = export_onnx(module, inputs[0], path, names_in, names_out)
-        sizes[name] = footprint.size_MB(path)
-        engines[f"{name} torch"] = TorchRuntime(module, device, threads)
-        if onnx:
-            engines[f"{name} onnxruntime"] = OnnxRuntime(path, device, threads)
-    arrays = [tuple(tensor.numpy() for tensor in sample) for sample in inputs]
-    calls = {name: _next_sample(engine, arrays) for name, engine in engines.items()}
-    times = interleaved(calls, "teacher torch", settings["warmup"], settings["repeats"], settings["workload_seed"])
-    for engine in engines.values():
-        engine.close()
-    runtime = "onnxruntime" if onnx else "torch"
-    best, plain, same = times[f"{own} {runtime}"], times[f"{own} torch"], times[f"teacher {runtime}"]
-    extra = {
-        "p50_lo": best.p50_lo,
-        "p50_hi": best.p50_hi,
-        "p95_lo": best.p95_lo,
-        "p95_hi": best.p95_hi,
-        "p50_torch_ms": plain.p50_ms,
-        "p50_ratio": best.ratio,
-        "p50_ratio_lo": best.ratio_lo,
-        "p50_ratio_hi": best.ratio_hi,
-        "p50_ratio_same_runtime": same.p50_ms / best.p50_ms,
-        "export_error": errors[own],
-        "threads": threads,
-        **{key: value for key, value in state.items() if value is not None},
-    }
+
+def _lineage(job: Job, domain: Domain, own: dict[str, Tensor]) -> dict[str, Any]:
+    """Where a model comes from: the teacher, or the student that it is an INT8 form of, with the drop against that."""
+    name = job["settings"].get("model", "teacher")
+    if name == "teacher":
+        return {"parent": f"teacher:{model_hash(domain.teacher())}"}
+    source = domain.load(Path(name)).eval()
+    change = _drop(job, domain, own, domain.evaluate(source, "test", full=True))
     return {
-        **weight,
-        "size_MB": sizes[own],
-        "vram_GB": memory if device == "cuda" else None,
-        "t_pair_p50_ms": best.p50_ms,
-        "t_pair_p95_ms": best.p95_ms,
-        "pairs_per_sec": 1000.0 / best.p50_ms,
-        "engine": runtime,
-        "device": str(state.get("gpu") or state["cpu"]),
-        "notes": None if onnx else "timed in torch: this onnxruntime has no CUDA (install onnxruntime-gpu)",
-        "extra": {**extra, **({} if device == "cuda" else {"ram_GB": memory})},
+        "parent": f"student:{model_hash(source)}",
+        "drop_to_student": change.value,
+        "drop_to_student_lo": change.lo,
+        "drop_to_student_hi": change.hi,
     }
 
 
-def _domain(job: Job) -> Domain:
-    return make_domain(job["domain"], job["settings"], job.get("params", {}), job["seed"])
+def _drop(job: Job, domain: Domain, own: dict[str, Tensor], reference: dict[str, Tensor]) -> Drop:
+    pair = (metrics[domain.primary].numpy() for metrics in (own, reference))
+    return paired_drop(*pair, domain.lower_is_better, seed=job["settings"]["workload_seed"])
 
 
-def _model(job: Job, domain: Domain) -> nn.Module:
-    return domain.load(Path(job["weights"])).eval()
+def _costs(own: dict[str, Tensor], domain: Domain) -> npt.NDArray[np.floating]:
+    """The primary metric per sample, lower = better: what ablations pair."""
+    values = own[domain.primary].numpy()
+    return values if domain.lower_is_better else -values
 
 
-def _next_sample(engine: TorchRuntime | OnnxRuntime, samples: list[tuple[np.ndarray, ...]]) -> Callable[[], object]:
-    turn = cycle(samples)
-    return lambda: engine.run(next(turn))
+def compile_engine(job: Job) -> dict[str, Any]:
+    """Leave the TensorRT engine of a quantized trial in its folder, and say what came of it."""
+    torch.set_num_threads(1)
+    domain, path = domain_of(job), Path(job["state_dir"]) / "deployed.trt"
+    policy = deploy.policy_of(Path(job["weights"]))
+    assert policy is not None
+    made = deploy.compile_int8(domain, model_of(job, domain), policy, path, job["workload_hash"])
+    found = {f"trt_{key}": made[key] for key in ("int8_share", "keep_list_violations")}
+    return {"trt": made["label"], **found}
 
 
-def _memory(module: nn.Module, sample: tuple[torch.Tensor, ...], device: str) -> float | None:
-    def once() -> None:
-        # A copy, so that the weights count too.
-        with torch.no_grad():
-            copy.deepcopy(module).to(device)(*(tensor.to(device) for tensor in sample))
-
-    return footprint.peak_vram_GB(once, device) if device == "cuda" else footprint.peak_ram_GB(once)
+def _report(job: Job, done: int, total: int) -> None:
+    """Say how far the teacher's outputs are, where somebody asked for it; the file appears whole."""
+    if "report" in job:
+        path = Path(job["report"])
+        partial_ = path.with_name(f"{path.name}.tmp")
+        partial_.write_text(json.dumps(["pairs of the teacher's outputs", done, total]))
+        partial_.replace(path)

@@ -22,9 +22,6 @@ from trainables.distill import Distill
 from trainables.domain import Batch, Domain
 from trainables.gates import paired_drop
 
-CALIBRATION_BATCH = 32
-
-
 def source(domain: Domain, model: str) -> nn.Module:
     """The model that is quantized: the teacher, or a checkpoint. InputError names what is wrong with a file."""
     return domain.teacher() if model == "teacher" else domain.load(Path(model))
@@ -86,7 +83,7 @@ class Quantize(Distill):
     def _calibration(self, model: nn.Module) -> None:
         """A pass over the calibration samples."""
         model.eval()
-        for rows in torch.split(torch.arange(self.policy.calibration), CALIBRATION_BATCH):
+        for rows in torch.split(torch.arange(self.policy.calibration), deploy.CALIBRATION_BATCH):
             batch = {name: value.to(self.device) for name, value in self.domain.samples("train", rows).items()}
             self.domain.forward(model, batch)
         model.train()
@@ -112,8 +109,7 @@ class Quantize(Distill):
     def exported(self) -> dict[str, Any]:
         """The plain weights, the policy that rounds them, and where they come from."""
         origin = {"params": dict(self.config["params"]), "seed": self.seed, "epoch": self.epoch}
-        quantization = {"policy": self.policy.to_data(), "model": self.settings["model"], "seed": self.seed}
-        return {**self.domain.export(self._plain()), "quantization": quantization, "origin": origin}
+        return {**self.domain.export(self._plain()), "quantization": self.policy.to_data(), "origin": origin}
 
     def _restore(self, state: dict[str, Any]) -> None:
         if state["epoch"] >= self._first_faked:

@@ -7,6 +7,7 @@ processes from building at once.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from trainables.checkpoint import model_hash
 from trainables.domain import Batch, Domain
 
 BLOCK = 256
-STATES = "teacher_state_"
 
 
 class TeacherCache:
@@ -39,11 +38,17 @@ class TeacherCache:
         """`make` builds the domain; it must pickle where several processes fill the cache."""
         self.count, self.states, self._make = count, states, make
         domain = make()
-        self.folder = folder / _digest(model_hash(domain.teacher()), domain.data_id(), count, states)
+        content = (model_hash(domain.teacher()), domain.data_id(), count)
+        self.folder = folder / _digest(*content, True)  # a complete cache with states serves trials without, too
+        if not states and len(self._done()) < self._blocks:
+            self.folder = folder / _digest(*content, False)
         self._arrays: dict[str, np.ndarray] = {}
 
-    def build(self, workers: int = 1) -> None:
-        """Compute what is missing. InputError when the disk cannot hold it."""
+    def build(self, workers: int = 1, report: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compute what is missing. InputError when the disk cannot hold it.
+
+        report: told at the start and after each block how many of the missing samples are done.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "lock"):
             done = self._done()
@@ -53,14 +58,17 @@ class TeacherCache:
             fill = _Filler(self._make, self.folder, self.count, self.states)
             if not done:
                 fill.allocate()
-            if workers == 1:
-                for block in map(fill, missing):
+            total = min(len(missing) * BLOCK, self.count)
+            report(0, total)
+            with contextlib.ExitStack() as stack:
+                blocks: Iterator[int] = map(fill, missing)
+                if workers > 1:
+                    context = multiprocessing.get_context("spawn")
+                    pool = ProcessPoolExecutor(workers, context, initializer=_start_filling, initargs=(fill,))
+                    blocks = stack.enter_context(pool).map(_fill, missing)
+                for ready, block in enumerate(blocks, 1):
                     self._write_done(done := [*done, block])
-                return
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, context, initializer=_start_filling, initargs=(fill,)) as pool:
-                for block in pool.map(_fill, missing):
-                    self._write_done(done := [*done, block])
+                    report(min(ready * BLOCK, total), total)
 
     @property
     def _blocks(self) -> int:
@@ -71,7 +79,8 @@ class TeacherCache:
         if not self._arrays:
             if len(self._done()) != self._blocks:
                 self.build()
-            self._arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
+            paths = [path for path in sorted(self.folder.glob("*.npy")) if self.states or not _of_states(path.stem)]
+            self._arrays = {path.stem: np.load(path, mmap_mode="r") for path in paths}
         order = indices.numpy()
         return {name: torch.from_numpy(array[order]) for name, array in self._arrays.items()}
 
@@ -129,10 +138,14 @@ class _Filler:
         device = next(teacher.parameters()).device
         found = domain.teacher_outputs(teacher, {name: value.to(device) for name, value in batch.items()})
         batch |= {name: value.cpu() for name, value in found.items()}
-        return {name: value for name, value in batch.items() if self.states or not name.startswith(STATES)}
+        return {name: value for name, value in batch.items() if self.states or not _of_states(name)}
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in vars(self).items() if key != "_models"}
+
+
+def _of_states(name: str) -> bool:
+    return name.startswith("teacher_state_")
 
 
 _filler: _Filler
@@ -151,7 +164,7 @@ def _digest(*identity: object) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a file lock: what is computed inside is computed by one process at a time, on every node of the storage."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 toy_sweep.py.
 """
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,12 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from sweeps.journal import SweepState, read_events
-from sweeps.launch import comparing, masked, run
+from sweeps.launch import comparing, masked
 from trainables.record import read_csv
 
 TOY = Path(__file__).with_name("toy_sweep.py")
@@ -219,58 +217,13 @@ def test_passwords_stay_off_the_screen() -> None:
     )
 
 
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(TOY.parent))
-    spec = importlib.util.spec_from_file_location("toy_sweep", TOY)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def refused(capsys: pytest.CaptureFixture[str], toy: ModuleType, *argv: str) -> str:
-    assert run(toy.SWEEP, list(argv)) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err
-    return err
-
-
-def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path) -> None:
-    storage = tmp_path / "runs"
-    assert run(toy.SWEEP, ["--dry-run", "--storage", str(storage)]) == 0
-    out, _ = capsys.readouterr()
-    assert "T_good_run1" in out and "good.pth" in out and "2 trials x 4 epochs" in out
-    assert not storage.exists()
-
-
-def test_resume_of_an_unknown_sweep(capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path) -> None:
-    said = refused(capsys, toy, "--resume", "--storage", str(tmp_path / "runs"))
-    assert "no sweep toy_small_seed42" in said
-    assert not (tmp_path / "runs" / NAME).exists()
-
-
-def test_storage_that_cannot_be_written(capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("keep me")
-    assert str(blocked) in refused(capsys, toy, "--storage", str(blocked))
-    assert blocked.read_text() == "keep me"
-
-
-def test_unreachable_mlflow(capsys: pytest.CaptureFixture[str], toy: ModuleType, tmp_path: Path) -> None:
-    said = refused(capsys, toy, "--storage", str(tmp_path / "runs"), "--tracking-uri", "http://127.0.0.1:9")
-    assert "127.0.0.1:9" in said
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_sweep_that_exists_needs_resume_and_the_same_settings(
-    capsys: pytest.CaptureFixture[str], toy: ModuleType, faulty: tuple[Path, str]
-) -> None:
+def test_a_sweep_that_exists_needs_resume_and_the_same_settings(faulty: tuple[Path, str]) -> None:
     storage, _ = faulty
     path = storage / f"{NAME}_optuna" / "journal.jsonl"
     before = path.read_bytes()
-    common = ("--storage", str(storage), "--search", "optuna", "--samples", "2")
-    assert "--resume" in refused(capsys, toy, *common)
-    said = refused(capsys, toy, *common, "--resume")
-    assert "other settings" in said and "trial T_bad_run1" in said
+    flags = ("--search", "optuna", "--samples", "2")
+    for more, said in {"": "add --resume to go on with it", "--resume": "trial T_bad_run1"}.items():
+        for dry in ((), ("--dry-run",)):
+            code, out, err = finish(start(storage, *flags, *more.split(), *dry))
+            assert code == 2 and said in err and "--storage" in err and err.count("\n") == 1 and not out
     assert path.read_bytes() == before

@@ -1,9 +1,10 @@
 from types import SimpleNamespace
 
 from sweeps.journal import TrialState
+from sweeps.k_grid import K
 from sweeps.plan import Planned, Planner
-from sweeps.search import STARTUP, Search
-from sweeps.settings import Resolved
+from sweeps.search import STARTUP, Search, far_end
+from sweeps.settings import DISTILL, WORKLOAD, Resolved, resolve
 from sweeps.spec import Sweep, Trial, constant, linear, loguniform, one_of, step, uniform
 from trainables.schedules import Schedule
 
@@ -89,3 +90,10 @@ def test_the_plans_own_trials_are_learned_where_they_lie_in_the_space() -> None:
     told = study._study.trials
     assert len(told) == 1 and told[0].values == [0.02, 3.0]
     assert told[0].params["T"] == 3 and told[0].params["beta"] == "step" and told[0].params["beta_at"] == 0.7
+
+
+def test_the_far_end_of_a_space_is_a_trial_with_all_of_it_on() -> None:
+    assert far_end(SPACE) == {"T": 10, "beta": 1.0, "lr": 1e-3, "init": "scratch"}
+    point = far_end(K.space)
+    assert point["gamma"] > 0
+    resolve([WORKLOAD, DISTILL], "demo", {}).with_params(point, "far end")

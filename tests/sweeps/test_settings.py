@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from engines.errors import InputError
 from sweeps.settings import DISTILL, PROFILES, WORKLOAD, Resolved, flat_params, parse_set, resolve
 from sweeps.spec import SettingsFile
+from trainables import evaluate
 
 SHIPPED = (WORKLOAD, DISTILL)
 
@@ -121,6 +122,39 @@ def test_the_workload_hash_follows_the_workload_alone() -> None:
         return resolved.workload_hash
 
     assert hashed() == hashed(epochs=7) != hashed(sampled_pairs=21)
+
+
+def test_the_workload_hash_follows_its_listed_pairs() -> None:
+    """The real ones: a change of the rooms, which shows in the pairs, is another workload; of the teacher, none."""
+
+    def hashed(**changes: object) -> str:
+        resolved: Resolved = resolve(SHIPPED, "demo", changes)
+        job = {"domain": "dust3r", "settings": dict(resolved.values), "seed": 1}
+        return resolved.identified(*evaluate.identify(job)).workload_hash
+
+    assert hashed() == hashed(lr=1e-3) != hashed(workload_seed=43)
+    plain = resolve(SHIPPED, "demo", {})
+    one, other = ({"pairs": [[0, 1, scene]]} for scene in (2, 3))
+    assert plain.identified({}, one).workload_hash != plain.identified({}, other).workload_hash
+    assert plain.identified({"teacher": "a"}, one).workload_hash == plain.identified({}, one).workload_hash
+
+
+def test_a_teachers_path_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve(SHIPPED, "demo", {"teacher": "a/b.pth"}).values["teacher"] == str(tmp_path / "a" / "b.pth")
+    assert resolve(SHIPPED, "demo", {}).values["teacher"] == "shipped"
+
+
+def test_what_was_set_is_blamed_on_the_flag_and_not_on_the_file(tmp_path: Path) -> None:
+    given = parse_set(["epochs=five", "beta={step: [0.5], shares: [0.5, 0.5]}", "gamma=-1"])
+    with pytest.raises(InputError) as caught:
+        resolve(SHIPPED, "demo", given)
+    said = str(caught.value).split("; ")
+    for part in ("--set epochs=five: ", '--set beta={"step": [0.5], "shares": [0.5, 0.5]}: ', "--set gamma=-1: "):
+        assert any(one.startswith(part) for one in said), said
+    assert ".yaml" not in str(caught.value)
+    with pytest.raises(InputError, match=r"^--set batch_size=5000: batch_size=5000 is larger than"):
+        resolve(SHIPPED, "demo", {"batch_size": 5000})
 
 
 def test_flat_params_are_numbers() -> None:

@@ -16,6 +16,7 @@ from ray.tune import Trainable
 from sweeps.launch import main
 from sweeps.spec import Gate, Sweep, Trial, uniform
 
+SLEEP = float(os.environ.get("TOY_SLEEP", "0"))
 EPOCHS = int(os.environ.get("TOY_EPOCHS", "4"))
 
 
@@ -69,9 +70,15 @@ def healed(job: dict[str, Any]) -> bool:
     return (Path(job["state_dir"]).parents[1] / "healed").exists()
 
 
-def prepare(job: dict[str, Any]) -> dict[str, Any]:
+def identify(job: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    return {}, {}
+
+
+def prepare(job: dict[str, Any]) -> None:
     Path(job["cache_dir"]).mkdir(parents=True, exist_ok=True)
-    return {}
+    for done in range(0, 4 if SLEEP else 0):
+        Path(job["report"]).write_text(json.dumps(["toys", done, 3]))
+        time.sleep(1.5)
 
 
 def measure_quality(job: dict[str, Any]) -> dict[str, Any]:
@@ -98,8 +105,9 @@ def measure_latency(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-MEASURES = SimpleNamespace(prepare=prepare, measure_quality=measure_quality, measure_latency=measure_latency)
-SLEEP = float(os.environ.get("TOY_SLEEP", "0"))
+MEASURES = SimpleNamespace(
+    identify=identify, prepare=prepare, measure_quality=measure_quality, measure_latency=measure_latency
+)
 TRIALS = {
     "good": [
         Trial("T-1", combo="good", keyparams="", floor=0.0, sleep=SLEEP, saves="good.pth"),

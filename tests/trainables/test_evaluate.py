@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 from trainables import checkpoint, evaluate
 from trainables.checkpoint import model_hash
+from trainables.distill import Distill
 from trainables.dust3r import rooms
 from trainables.record import Record
 
@@ -39,22 +41,46 @@ def student(tiny, tmp_path):
     return path
 
 
-def test_preparing_leaves_trials_nothing_to_wait_for(tiny, rendered):
+def test_preparing_leaves_trials_nothing_to_wait_for(tiny, rendered, tmp_path):
     job = tiny.job(train_pairs=40)
-    pairs = evaluate.prepare(job)["pairs (scene, view, view)"]
-    assert len(pairs) == 20 and all(len(pair) == 3 for pair in pairs)
+    job["report"] = str(tmp_path / "report")
+    evaluate.prepare(job)
+    assert json.loads(Path(job["report"]).read_text()) == ["pairs of the teacher's outputs", 40, 40]
     cache = Path(job["cache_dir"])
     assert len(list(cache.glob("teacher_val_*.npz"))) == 1 and not list(cache.glob("teacher_test_*"))
     assert len(list(cache.glob("*/done.json"))) == 1
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.np*")}
-    assert evaluate.prepare(job)["pairs (scene, view, view)"] == pairs
+    evaluate.prepare(job)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.np*")} == before
 
 
 def test_preparing_a_sweep_that_only_measures_computes_no_cache(tiny):
     job = tiny.job(trains=False)
-    assert len(evaluate.prepare(job)["pairs (scene, view, view)"]) == 20
+    evaluate.prepare(job)
     assert not list(Path(job["cache_dir"]).rglob("*.np*"))
+
+
+def test_what_the_settings_stand_for_is_known_beforehand(tiny, tmp_path):
+    contents, sampled = evaluate.identify(tiny.job())
+    assert contents == {"teacher": checkpoint.model_hash(tiny.domain().teacher())}
+    assert len(sampled["pairs (scene, view, view)"]) == 20 and evaluate.identify(tiny.job()) == (contents, sampled)
+    assert evaluate.identify(tiny.job(workload_seed=43))[1] != sampled
+    assert not (tmp_path / "cache").exists()
+
+
+def test_one_cache_serves_trials_with_and_without_states(tiny):
+    """What a search may turn on counts from the start: no trial of it builds a cache of its own."""
+    job = tiny.job(train_pairs=24)
+    job["trials"] = [{}, {"gamma": 0.3}]
+    evaluate.prepare(job)
+    cache = Path(job["cache_dir"])
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.np*")}
+    assert sum("teacher_state_" in path.name for path in before) == 4
+    for gamma in (0.0, 0.1):
+        trial = Distill(tiny.config(f"g{gamma}", {"gamma": gamma}, train_pairs=24))
+        states = [name for name in trial.cache.rows(torch.arange(2)) if name.startswith("teacher_state_")]
+        assert bool(states) == bool(gamma)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.np*")} == before
 
 
 def test_states_are_cached_where_the_settings_use_them(tiny):
