@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,17 +69,37 @@ def write_qdq(
     return chosen
 
 
-def _read(path: str | Path) -> onnx.ModelProto:
+def read_onnx(path: str | Path) -> onnx.ModelProto:
+    """The graph of an ONNX file; external data stay in their file. InputError where it is unreadable."""
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        return onnx.load(str(path), load_external_data=False)
     except Exception as problem:  # protobuf's DecodeError, or OSError
         raise InputError(f"{path}: not a readable ONNX file ({' '.join(str(problem).split())})") from problem
+
+
+def quantized_tensors(model: onnx.ModelProto, chosen: Sequence[Choice]) -> list[str]:
+    """The activations that `write_qdq` rounds to int8 and needs the ranges of, in graph order."""
+    fixed = constants(model.graph)
+    int8 = {c.node: c for c in chosen if c.precision == "int8"}
+    names: list[str] = []
+    for node in model.graph.node:
+        if node.name in int8:
+            names += [name for name in node.input if name and name not in fixed]
+            if int8[node.name].kind in ("layernorm", "softmax"):
+                names.append(node.output[0])
+    return list(dict.fromkeys(names))
+
+
+def _read(path: str | Path) -> onnx.ModelProto:
+    model = read_onnx(path)
     opset = next((o.version for o in model.opset_import if o.domain == ""), 0)
     if opset < _LEAST_OPSET:
         raise InputError(f"{path}: opset {opset} has no float16 QuantizeLinear; export with opset {_LEAST_OPSET}")
     nested = [n.name for n in model.graph.node if any(a.type == onnx.AttributeProto.GRAPH for a in n.attribute)]
     if nested:
-        raise InputError(f"{path}: node {nested[0]!r} is control flow, which the INT8 export does not follow; unroll it")
+        raise InputError(
+            f"{path}: node {nested[0]!r} is control flow, which the INT8 export does not follow; unroll it"
+        )
     return model
 
 
@@ -260,10 +280,14 @@ class _Twin:
 
     def _activation_scale(self, name: str) -> npt.NDArray[Any]:
         if name not in self.ranges:
-            raise InputError(f"ranges: none for tensor {name!r}, which enters an INT8 layer; calibrate with this policy")
+            raise InputError(
+                f"ranges: none for tensor {name!r}, which enters an INT8 layer; calibrate with this policy"
+            )
         lowest, highest = self.ranges[name]
         if not np.isfinite([lowest, highest]).all():
-            raise InputError(f"ranges: {name!r} has [{lowest}, {highest}]; calibrate on samples free of NaN and infinity")
+            raise InputError(
+                f"ranges: {name!r} has [{lowest}, {highest}]; calibrate on samples free of NaN and infinity"
+            )
         return _scales(np.array(max(abs(lowest), abs(highest))), 127)
 
     def _int8_weight(self, name: str, axis: int, precision: Float) -> str:
@@ -283,9 +307,7 @@ class _Twin:
             self.made.add(new)
             scales = self._put(f"{rounded}_scale_{precision}", self.weight_scales[rounded].astype(precision))
             inputs = [rounded, scales, f"{rounded}_zero"]
-            self.nodes.append(
-                helper.make_node("DequantizeLinear", inputs, [new], f"{new}_DequantizeLinear", axis=axis)
-            )
+            self.nodes.append(helper.make_node("DequantizeLinear", inputs, [new], f"{new}_DequantizeLinear", axis=axis))
         return new
 
     def _put(self, name: str, values: npt.NDArray[Any]) -> str:
@@ -294,7 +316,11 @@ class _Twin:
         return name
 
     def _array(self, name: str) -> npt.NDArray[Any]:
-        return numpy_helper.to_array(self.fixed[name], str(self.folder))
+        try:
+            return numpy_helper.to_array(self.fixed[name], str(self.folder))
+        except Exception as problem:  # onnx raises several kinds for external data that is missing or short
+            reason = " ".join(str(problem).split())
+            raise InputError(f"weight {name!r} cannot be read ({reason}); export the model again") from problem
 
 
 def _float_tensors(model: onnx.ModelProto) -> set[str]:

@@ -91,8 +91,9 @@ def parse_layers(messages: Iterable[str]) -> list[EngineLayer]:
             if line.startswith("Name: "):
                 raise RuntimeError(f"unknown form of a layer in the TensorRT builder's log: {line[:200]}")
             continue
-        types = (tuple(_DATATYPE.findall(match[part])) for part in ("inputs", "constants", "outputs"))
-        found.append(EngineLayer(match["name"], match["type"], *types, tuple(_NODE.findall(match["metadata"]))))
+        inputs, constants, outputs = (tuple(_DATATYPE.findall(match[x])) for x in ("inputs", "constants", "outputs"))
+        nodes = tuple(_NODE.findall(match["metadata"]))
+        found.append(EngineLayer(match["name"], match["type"], inputs, constants, outputs, nodes))
     return found
 
 
