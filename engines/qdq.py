@@ -31,7 +31,7 @@ _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose"}
 # Their float outputs (or, for Resize, scales) are float32 by the operator's definition.
 _FLOAT32_OPS = {"Cast", "ConstantOfShape", "Range", "RandomNormal", "RandomUniform", "EyeLike"}
 _FLOAT32_INPUTS = {("Resize", 2)}
-_HALF = np.finfo(np.float16)
+_HALF_MAX, _HALF_LEAST = float(np.finfo(np.float16).max), float(np.finfo(np.float16).smallest_subnormal)
 
 
 def write_qdq(
@@ -178,7 +178,7 @@ class _Twin:
         for name in node.input:
             if name in self.fixed and name in self.floats and _size(self.fixed[name]) == 1:
                 value = abs(float(self._array(name).reshape(())))
-                if np.isfinite(value) and (value > _HALF.max or 0 < value < _HALF.smallest_subnormal):
+                if np.isfinite(value) and (value > _HALF_MAX or 0 < value < _HALF_LEAST):
                     return True
         return False
 
@@ -229,7 +229,7 @@ class _Twin:
         if name in self.fixed:
             new = f"{name}_{precision}"
             if new not in self.tensors:
-                limit = _HALF.max if precision == "float16" else np.inf
+                limit = _HALF_MAX if precision == "float16" else np.inf
                 values = self._array(name)
                 finite = np.where(np.isfinite(values), np.clip(values, -limit, limit), values)
                 self.tensors[new] = numpy_helper.from_array(finite.astype(precision), new)
@@ -288,7 +288,10 @@ class _Twin:
             raise InputError(
                 f"ranges: {name!r} has [{lowest}, {highest}]; calibrate on samples free of NaN and infinity"
             )
-        return _scales(np.array(max(abs(lowest), abs(highest))), 127)
+        largest = max(abs(lowest), abs(highest))
+        if largest > _HALF_MAX:
+            raise InputError(f"ranges: {name!r} reaches {largest:.6g}, past the {_HALF_MAX:.0f} of half precision")
+        return _scales(np.array(largest), 127)
 
     def _int8_weight(self, name: str, axis: int, precision: Float) -> str:
         rounded, new = f"{name}_int8_axis{axis}", f"{name}_dequantized_axis{axis}_{precision}"
@@ -333,10 +336,10 @@ def _float_tensors(model: onnx.ModelProto) -> set[str]:
 
 def _scales(largest: npt.NDArray[Any], levels: int) -> npt.NDArray[np.float32]:
     """Steps for values up to `largest`, such that half precision holds them exactly; float32."""
-    steps = np.asarray(largest, np.float64) / levels
-    half = np.clip(steps, 16 * _HALF.smallest_subnormal, _HALF.max).astype(np.float16)
+    steps = np.clip(np.asarray(largest, np.float64) / levels, 16 * _HALF_LEAST, _HALF_MAX)
+    half = steps.astype(np.float16)
     # Rounded upwards, so that the largest value still fits.
-    half = np.where(half.astype(np.float64) < steps, np.nextafter(half, np.float16(np.inf)), half)
+    half = np.where(half < steps, np.nextafter(half, np.float16(_HALF_MAX)), half)
     return half.astype(np.float32)
 
 

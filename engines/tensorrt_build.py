@@ -212,7 +212,9 @@ def _parser_error(parser: Any, log: Any) -> str:
     if not parser.num_errors:
         return _one_line(log.errors[0] if log.errors else "no reason given")
     error = parser.get_error(0)
-    return _one_line(f"{error.node_operator()} {error.node_name()!r}: {error.desc()}")
+    # Where there is no GPU, some messages go on to say that there is none.
+    reason = error.desc().partition("[checkMacros")[0]
+    return _one_line(f"{error.node_operator()} {error.node_name()!r}: {reason}")
 
 
 def _one_line(text: str) -> str:

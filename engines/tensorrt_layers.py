@@ -27,7 +27,6 @@ _NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
 _PRODUCTS = ("gemm", "conv", "attention")
 # Generated elementwise kernels: they carry the names of the products whose bias or scale they finish.
 _ELEMENTWISE = "kgen"
-_FLOATS = {"Half", "Float"}
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,10 @@ def parse_layers(messages: Iterable[str]) -> list[EngineLayer]:
 def check_precision(layers: Sequence[EngineLayer], chosen: Sequence[Choice], kept: Float) -> PrecisionReport:
     """Compare an engine's layers with the policy's choices; `kept` is the precision that the keep-list was to have.
 
-    A product is int8 if every layer that computes it reads int8 operands only. A kept node may share a layer
-    with an int8 product, whose operands the layer then reads; else its layers read Half or Float. Kept products
-    have exactly the precision asked for (of a kept LayerNorm or Softmax the operands may be Half either way: the
-    kernel widens them itself).
+    A product is int8 if every layer that computes it reads int8 for both operands. A kept product reads no int8,
+    and float32 for its operands if `kept` says so. Another kept node reads no int8 either, unless it was fused
+    behind an int8 product, whose operands those are; whether a LayerNorm or Softmax reads Half or Float is left
+    open, since their kernels widen it themselves.
     """
     by_node: dict[str, list[EngineLayer]] = defaultdict(list)
     for layer in layers:
@@ -111,13 +110,15 @@ def check_precision(layers: Sequence[EngineLayer], chosen: Sequence[Choice], kep
             by_node[node].append(layer)
     products = {c.node for c in chosen if c.kind in _PRODUCTS and c.precision == "int8"}
     keep = [c for c in chosen if c.precision == "kept"]
-    allowed = _FLOATS if kept == "float16" else {"Float"}
     not_int8 = [n for n in products if not _is_int8(_computing(by_node[n]))]
     violations = []
     for choice in keep:
         own = by_node[choice.node]
         if choice.kind in _PRODUCTS:
-            bad = any(set(_read(layer)) - allowed for layer in _computing(own))
+            operands = 2 if choice.kind == "attention" else 1
+            bad = any("Int8" in _read(layer) for layer in _computing(own)) or (
+                kept == "float32" and not all(_is_single(layer, operands) for layer in _computing(own))
+            )
         else:
             bad = any("Int8" in _read(layer) and not products & set(layer.nodes) for layer in own)
         if bad:
@@ -159,3 +160,8 @@ def _is_int8(layers: Sequence[EngineLayer]) -> bool:
     return bool(layers) and all(
         layer.inputs and layer.inputs[0] == "Int8" and _read(layer).count("Int8") >= 2 for layer in layers
     )
+
+
+def _is_single(layer: EngineLayer, operands: int) -> bool:
+    """Whether a product reads float32; what was fused behind it may read half besides, but not its weight."""
+    return layer.inputs.count("Float") >= operands and "Half" not in layer.constants
