@@ -66,7 +66,7 @@ def export_onnx(
             _trace(model, example, draft, input_names, output_names)
             _gather_external_data(draft)
             error = max_error(model, draft, example, tolerance, label=str(path))
-            _publish(draft, path)
+            publish(draft, path)
     except OSError as problem:
         raise InputError(f"{path}: cannot write the ONNX file ({problem}); free or change the folder") from problem
     return error
@@ -216,7 +216,7 @@ def _gather_external_data(draft: Path) -> None:
     draft.write_bytes(light.SerializeToString())
 
 
-def _publish(draft: Path, path: Path) -> None:
+def publish(draft: Path, path: Path) -> None:
     """Data first, then the graph that names it: an earlier export stays whole until the last rename."""
     data = external_files(draft)
     for file in data:

@@ -58,8 +58,8 @@ def rotary_positions(
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-2)
-    return x * cos + torch.cat((second, first), dim=-2) * sin
+    # Slices by constants: chunk() would export the nodes that compute its bounds.
+    return x * cos + torch.cat((x[..., 1:, :], x[..., :1, :]), dim=-2) * sin
 
 
 class _Rotation(torch.autograd.Function):
