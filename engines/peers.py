@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ def runtimes(
     """The peers that run `module` here, by name, and why each of the others does not. path: its ONNX file."""
     found: dict[str, Runtime] = {}
     left_out: list[str] = []
-    compiled = TorchRuntime(torch.compile(module), device, threads)
+    compiled = TorchRuntime(cast(torch.nn.Module, torch.compile(module)), device, threads)
     try:
         compiled.run(tuple(tensor.numpy() for tensor in example))
         found["compile"] = compiled

@@ -129,6 +129,7 @@ class QuantSettings(TrainingSettings):
     mode: str = "static"
     smooth: float = 0.0
     reduce_range: bool | None = None
+    skip_slower: bool = False
     qat_share: Ratio = 1 / 3
     frozen_share: float = Field(0.15, ge=0, le=1)
 

@@ -1,4 +1,4 @@
-"""From weights to the files that are deployed and measured: ONNX in FP32, or INT8 by a policy, and a TensorRT engine."""
+"""From weights to the files that are deployed: ONNX in FP32, or INT8 by a policy, and a TensorRT engine."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def measure_quality(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     domain = domain_of(job)
     teacher = teacher_metrics(Path(job["cache_dir"]), domain, "test", full=True)
-    model, own, more = domain.teacher(), teacher, {}
+    model, own = domain.teacher(), teacher
+    more: dict[str, Any] = {}
     if job["weights"]:
         model = model_of(job, domain)
         deployed, more = _deployed(job, domain, model)
@@ -111,8 +112,8 @@ def _lineage(job: Job, domain: Domain, own: dict[str, Tensor]) -> dict[str, Any]
 
 
 def _drop(job: Job, domain: Domain, own: dict[str, Tensor], reference: dict[str, Tensor]) -> Drop:
-    pair = (metrics[domain.primary].numpy() for metrics in (own, reference))
-    return paired_drop(*pair, domain.lower_is_better, seed=job["settings"]["workload_seed"])
+    values, base = (metrics[domain.primary].numpy() for metrics in (own, reference))
+    return paired_drop(values, base, domain.lower_is_better, seed=job["settings"]["workload_seed"])
 
 
 def _costs(own: dict[str, Tensor], domain: Domain) -> npt.NDArray[np.floating]:

@@ -22,6 +22,7 @@ from trainables.distill import Distill
 from trainables.domain import Batch, Domain
 from trainables.gates import paired_drop
 
+
 def source(domain: Domain, model: str) -> nn.Module:
     """The model that is quantized: the teacher, or a checkpoint. InputError names what is wrong with a file."""
     return domain.teacher() if model == "teacher" else domain.load(Path(model))
@@ -45,7 +46,7 @@ class Quantize(Distill):
     @property
     def _first_faked(self) -> int:
         """The first epoch with fake quantization; epoch 1 is the rounding of the model as it came."""
-        trained = self.settings["epochs"] - 1
+        trained: int = self.settings["epochs"] - 1
         return 2 + math.floor((1 - self.quant.qat_share) * trained)
 
     def step(self) -> dict[str, Any]:

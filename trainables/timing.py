@@ -102,12 +102,17 @@ def _candidates(
     for name, model in models.items():
         module, inputs, names_in, names_out = domain.deployed(model)
         if name == own:  # before the engines, which move the module to their device
-            fields = {"params_M": footprint.params_M(model), "flops_G": footprint.flops_G(module, inputs[0])}
+            flops = footprint.flops_G(module, inputs[0])
             memory = _memory(module, inputs[0], device)
         path = folder / f"{name}.onnx"
         error = export_onnx(module, inputs[0], path, names_in, names_out)
         if name == own:
-            fields |= {"size_MB": footprint.size_MB(path), "vram_GB": memory if device == "cuda" else None}
+            fields = {
+                "params_M": footprint.params_M(model),
+                "flops_G": flops,
+                "size_MB": footprint.size_MB(path),
+                "vram_GB": memory if device == "cuda" else None,
+            }
             extra = {"export_error": error, **({} if device == "cuda" else {"ram_GB": memory})}
         engines[f"{name} torch"] = TorchRuntime(module, device, threads)
         if onnx:

@@ -173,7 +173,8 @@ class Dust3r:
     def forward(self, model: nn.Module, batch: Batch, symmetric: bool = False) -> Outputs:
         """Pointmaps and hidden states by name; with `symmetric` of the batch and of its swapped views (2B)."""
         assert isinstance(model, DUSt3R)
-        (pts1, conf1, pts2, conf2), states = model.features(*self.inputs(batch), symmetric=symmetric)
+        first, second = self.inputs(batch)
+        (pts1, conf1, pts2, conf2), states = model.features(first, second, symmetric=symmetric)
         return {"pts1": pts1, "conf1": conf1, "pts2": pts2, "conf2": conf2, **states}
 
     def teacher_outputs(self, teacher: nn.Module, batch: Batch) -> Batch:
