@@ -8,9 +8,7 @@ VNNI is another export.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +17,12 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from engines.calibrate import Ranges
 from engines.errors import InputError
+from engines.graph import load, save
 from engines.policy import Choice, QuantPolicy, choices, constants
 
 Float = Literal["float16", "float32"]
-Ranges = Mapping[str, tuple[float, float]]
 
 _ONNX = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
 _LEAST_OPSET = 19  # the first whose QuantizeLinear takes float16
@@ -50,31 +49,14 @@ def write_qdq(
         kept: precision of the layers on the keep-list; the rest is float16 in any case.
 
     Raises:
-        InputError: see `choices`; a missing, NaN or infinite range; a weight with NaN; control flow; a twin
-            past protobuf's 2 GB.
+        InputError: see `choices`; a range that is missing or that half precision cannot hold; a weight with
+            NaN; control flow; a folder that cannot be written.
     """
-    path = Path(path)
     source, folder = _read(fp32_onnx), Path(fp32_onnx).parent
     chosen = choices(source, policy)
     twin = _Twin(source, folder, chosen, policy, ranges, kept)
-    model = twin.build()
-    if model.ByteSize() >= 2**31:
-        raise InputError(f"{path}: the INT8 graph needs {model.ByteSize() / 2**30:.1f} GiB, ONNX files hold 2 GiB")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        draft = Path(scratch) / path.name
-        draft.write_bytes(model.SerializeToString())
-        onnx.checker.check_model(str(draft))
-        os.replace(draft, path)
+    save(twin.build(), path)
     return chosen
-
-
-def read_onnx(path: str | Path) -> onnx.ModelProto:
-    """The graph of an ONNX file; external data stay in their file. InputError where it is unreadable."""
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except Exception as problem:  # protobuf's DecodeError, or OSError
-        raise InputError(f"{path}: not a readable ONNX file ({' '.join(str(problem).split())})") from problem
 
 
 def quantized_tensors(model: onnx.ModelProto, chosen: Sequence[Choice]) -> list[str]:
@@ -91,7 +73,7 @@ def quantized_tensors(model: onnx.ModelProto, chosen: Sequence[Choice]) -> list[
 
 
 def _read(path: str | Path) -> onnx.ModelProto:
-    model = read_onnx(path)
+    model = load(path, weights=False)
     opset = next((o.version for o in model.opset_import if o.domain == ""), 0)
     if opset < _LEAST_OPSET:
         raise InputError(f"{path}: opset {opset} has no float16 QuantizeLinear; export with opset {_LEAST_OPSET}")

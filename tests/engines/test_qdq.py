@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from engines import qdq
+from engines.calibrate import Ranges, calibrate
 from engines.errors import InputError
 from engines.export import export_onnx
 from engines.policy import QuantPolicy, choices
@@ -63,19 +64,11 @@ def run(path: Path, feed: Arrays) -> list[npt.NDArray[np.float32]]:
     return list(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feed))
 
 
-def measure(path: Path, policy: QuantPolicy, feeds: Sequence[Arrays]) -> dict[str, tuple[float, float]]:
-    """Smallest and largest value of every tensor that the policy rounds."""
-    model = onnx.load(str(path))
+def measure(path: Path, policy: QuantPolicy, feeds: Sequence[Arrays]) -> Ranges:
+    """The range of every tensor that the policy rounds."""
+    model = onnx.load(str(path), load_external_data=False)
     names = quantized_tensors(model, choices(model, policy))
-    known = {v.name for v in [*model.graph.input, *model.graph.output]}
-    model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in known)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    seen: dict[str, list[npt.NDArray[np.float32]]] = {n: [] for n in names}
-    for feed in feeds:
-        values = {**dict(zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True)), **feed}
-        for name in names:
-            seen[name].append(values[name])
-    return {name: (float(np.min(v)), float(np.max(v))) for name, v in seen.items()}
+    return calibrate(path, [tuple(feed.values()) for feed in feeds], names, "minmax", len(feeds))
 
 
 def error(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
@@ -258,7 +251,7 @@ def test_shipped_teacher_keeps_its_pointmaps(tmp_path: Path) -> None:
     assert pts1 < 0.05 and pts2 < 0.05, errors
 
 
-def refusal(source: Path, target: Path, policy: QuantPolicy, ranges: qdq.Ranges) -> str:
+def refusal(source: Path, target: Path, policy: QuantPolicy, ranges: Ranges) -> str:
     target.write_bytes(b"old")
     with pytest.raises(InputError) as caught:
         write_qdq(source, target, policy, ranges)
