@@ -66,7 +66,8 @@ def quantized_tensors(model: onnx.ModelProto, chosen: Sequence[Choice]) -> list[
     names: list[str] = []
     for node in model.graph.node:
         if node.name in int8:
-            names += [name for name in node.input if name and name not in fixed]
+            # The third operand of a product is its bias, which stays a float.
+            names += [name for name in node.input[:2] if name and name not in fixed]
             if int8[node.name].kind in ("layernorm", "softmax"):
                 names.append(node.output[0])
     return list(dict.fromkeys(names))
@@ -82,6 +83,9 @@ def _read(path: str | Path) -> onnx.ModelProto:
         raise InputError(
             f"{path}: node {nested[0]!r} is control flow, which the INT8 export does not follow; unroll it"
         )
+    foreign = [f"{n.domain}.{n.op_type}" for n in model.graph.node if n.domain not in ("", "ai.onnx")]
+    if foreign:
+        raise InputError(f"{path}: {foreign[0]} is not a standard operator; give the file as export_onnx wrote it")
     return model
 
 
@@ -121,8 +125,7 @@ class _Twin:
             if self.types.get(output.name) == "float16":
                 self._rename_output(output.name)
         result = helper.make_graph(self.nodes, graph.name, graph.input, graph.output, list(self.tensors.values()))
-        opsets = [o for o in self.source.opset_import if o.domain == ""]
-        return helper.make_model(result, opset_imports=opsets, ir_version=self.source.ir_version)
+        return helper.make_model(result, opset_imports=self.source.opset_import, ir_version=self.source.ir_version)
 
     # ------------------------------------------------------------------ which precision
     def _precision(self, choice: Choice, kept: Float) -> Float:
@@ -175,9 +178,9 @@ class _Twin:
         for i, name in enumerate(node.input):
             if name and name not in self.floats:
                 copy.input[i] = self._integers(name)
-            elif name and int8 and name in self.fixed and i == 1 and choice.kind in ("gemm", "conv"):
+            elif int8 and i == 1 and choice.kind in ("gemm", "conv"):
                 copy.input[i] = self._int8_weight(name, _channel_axis(node), precision)
-            elif name and int8 and name not in self.fixed:
+            elif name and int8 and i < 2 and name not in self.fixed:
                 copy.input[i] = self._int8_activation(name, precision)
             elif name:
                 copy.input[i] = self._as(name, "float32" if (node.op_type, i) in _FLOAT32_INPUTS else precision)
