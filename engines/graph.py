@@ -19,10 +19,10 @@ from engines.runtimes import Array
 _LARGEST = 2**31 - 2**26
 
 
-def load(path: str | Path) -> onnx.ModelProto:
-    """The model with its weights. InputError if the file cannot be read."""
+def load(path: str | Path, weights: bool = True) -> onnx.ModelProto:
+    """The model; without `weights`, external data stay in their file. InputError if the file cannot be read."""
     try:
-        return onnx.load(str(path))
+        return onnx.load(str(path), load_external_data=weights)
     except Exception as problem:  # protobuf's DecodeError, onnx's own errors, or OSError
         reason = " ".join(str(problem).split())
         raise InputError(f"{path}: not a readable ONNX file ({reason}); export the model again") from problem

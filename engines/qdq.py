@@ -8,9 +8,7 @@ VNNI is another export.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +17,12 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from engines.calibrate import Ranges
 from engines.errors import InputError
+from engines.graph import load, save
 from engines.policy import Choice, QuantPolicy, choices, constants
 
 Float = Literal["float16", "float32"]
-Ranges = Mapping[str, tuple[float, float]]
 
 _ONNX = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
 _LEAST_OPSET = 19  # the first whose QuantizeLinear takes float16
@@ -50,31 +49,14 @@ def write_qdq(
         kept: precision of the layers on the keep-list; the rest is float16 in any case.
 
     Raises:
-        InputError: see `choices`; a missing, NaN or infinite range; a weight with NaN; control flow; a twin
-            past protobuf's 2 GB.
+        InputError: see `choices`; a range that is missing or that half precision cannot hold; a weight with
+            NaN; control flow; a folder that cannot be written.
     """
-    path = Path(path)
     source, folder = _read(fp32_onnx), Path(fp32_onnx).parent
     chosen = choices(source, policy)
     twin = _Twin(source, folder, chosen, policy, ranges, kept)
-    model = twin.build()
-    if model.ByteSize() >= 2**31:
-        raise InputError(f"{path}: the INT8 graph needs {model.ByteSize() / 2**30:.1f} GiB, ONNX files hold 2 GiB")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        draft = Path(scratch) / path.name
-        draft.write_bytes(model.SerializeToString())
-        onnx.checker.check_model(str(draft))
-        os.replace(draft, path)
+    save(twin.build(), path)
     return chosen
-
-
-def read_onnx(path: str | Path) -> onnx.ModelProto:
-    """The graph of an ONNX file; external data stay in their file. InputError where it is unreadable."""
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except Exception as problem:  # protobuf's DecodeError, or OSError
-        raise InputError(f"{path}: not a readable ONNX file ({' '.join(str(problem).split())})") from problem
 
 
 def quantized_tensors(model: onnx.ModelProto, chosen: Sequence[Choice]) -> list[str]:
@@ -84,14 +66,15 @@ def quantized_tensors(model: onnx.ModelProto, chosen: Sequence[Choice]) -> list[
     names: list[str] = []
     for node in model.graph.node:
         if node.name in int8:
-            names += [name for name in node.input if name and name not in fixed]
+            # The third operand of a product is its bias, which stays a float.
+            names += [name for name in node.input[:2] if name and name not in fixed]
             if int8[node.name].kind in ("layernorm", "softmax"):
                 names.append(node.output[0])
     return list(dict.fromkeys(names))
 
 
 def _read(path: str | Path) -> onnx.ModelProto:
-    model = read_onnx(path)
+    model = load(path, weights=False)
     opset = next((o.version for o in model.opset_import if o.domain == ""), 0)
     if opset < _LEAST_OPSET:
         raise InputError(f"{path}: opset {opset} has no float16 QuantizeLinear; export with opset {_LEAST_OPSET}")
@@ -100,6 +83,9 @@ def _read(path: str | Path) -> onnx.ModelProto:
         raise InputError(
             f"{path}: node {nested[0]!r} is control flow, which the INT8 export does not follow; unroll it"
         )
+    foreign = [f"{n.domain}.{n.op_type}" for n in model.graph.node if n.domain not in ("", "ai.onnx")]
+    if foreign:
+        raise InputError(f"{path}: {foreign[0]} is not a standard operator; give the file as export_onnx wrote it")
     return model
 
 
@@ -139,8 +125,7 @@ class _Twin:
             if self.types.get(output.name) == "float16":
                 self._rename_output(output.name)
         result = helper.make_graph(self.nodes, graph.name, graph.input, graph.output, list(self.tensors.values()))
-        opsets = [o for o in self.source.opset_import if o.domain == ""]
-        return helper.make_model(result, opset_imports=opsets, ir_version=self.source.ir_version)
+        return helper.make_model(result, opset_imports=self.source.opset_import, ir_version=self.source.ir_version)
 
     # ------------------------------------------------------------------ which precision
     def _precision(self, choice: Choice, kept: Float) -> Float:
@@ -193,9 +178,9 @@ class _Twin:
         for i, name in enumerate(node.input):
             if name and name not in self.floats:
                 copy.input[i] = self._integers(name)
-            elif name and int8 and name in self.fixed and i == 1 and choice.kind in ("gemm", "conv"):
+            elif int8 and i == 1 and choice.kind in ("gemm", "conv"):
                 copy.input[i] = self._int8_weight(name, _channel_axis(node), precision)
-            elif name and int8 and name not in self.fixed:
+            elif name and int8 and i < 2 and name not in self.fixed:
                 copy.input[i] = self._int8_activation(name, precision)
             elif name:
                 copy.input[i] = self._as(name, "float32" if (node.op_type, i) in _FLOAT32_INPUTS else precision)

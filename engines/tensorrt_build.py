@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import tempfile
 import time
 from collections import Counter
@@ -19,10 +18,12 @@ from typing import Any
 
 import torch
 
+from engines.calibrate import Ranges
 from engines.errors import InputError
-from engines.export import external_files
+from engines.export import external_files, publish
+from engines.graph import load
 from engines.policy import Choice, QuantPolicy
-from engines.qdq import Float, Ranges, read_onnx, write_qdq
+from engines.qdq import Float, write_qdq
 from engines.tensorrt_layers import EngineLayer, check_precision, parse_layers
 from engines.tensorrt_manifest import AHEAD_OF_TIME, NOT_EXECUTED, RTX_CAPABILITIES, Device, sha256, write_engine
 
@@ -111,7 +112,7 @@ def compile_int8(
         chosen = write_qdq(fp32_onnx, draft_twin, policy, ranges, kept)
         manifest = _build(trt, draft_twin, draft, str(fp32_onnx), chosen, kept)
         manifest |= {"workload": workload_hash, "policy": policy.to_data()}
-        os.replace(draft_twin, twin)
+        publish(draft_twin, twin)
         write_engine(plan_path, draft, manifest)
     precision = manifest["precision"]
     return {
@@ -162,7 +163,7 @@ def _build(
 
 
 def _check_shapes(path: Path, label: str) -> None:
-    for tensor in read_onnx(path).graph.input:
+    for tensor in load(path, weights=False).graph.input:
         for axis, dim in enumerate(tensor.type.tensor_type.shape.dim):
             if dim.dim_value < 1:
                 name = dim.dim_param or "?"
@@ -187,7 +188,19 @@ def _compile(trt: ModuleType, path: Path, plan: Path, label: str) -> list[Engine
         reason = _one_line(log.errors[0] if log.errors else "no reason given")
         raise InputError(f"{label}: TensorRT cannot build it: {reason}; make it with write_qdq")
     plan.write_bytes(engine)
-    return parse_layers(log.lists)
+    # Not every builder prints its layers; a loaded engine can be asked, but needs a GPU.
+    lists = log.lists or ([inspect_engine(trt, plan)] if present_device() else [])
+    return parse_layers(lists)
+
+
+def inspect_engine(trt: ModuleType, plan: str | Path) -> str:
+    """The layers of an engine file, one line each, as `parse_layers` reads them. Needs a GPU."""
+    runtime = trt.Runtime(_log(trt))
+    engine = runtime.deserialize_cuda_engine(Path(plan).read_bytes())
+    if engine is None:
+        raise InputError(f"{plan}: {trt.__name__} cannot load it here; build the engine again")
+    inspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
 
 
 def _log(trt: ModuleType) -> Any:

@@ -39,7 +39,6 @@ class TensorRTRuntime:
         trt = load_tensorrt()
         if device.partition(":")[0] != "cuda":
             raise InputError(f"device={device!r}: a TensorRT engine runs on cuda or cuda:N")
-        check_manifest(path, trt, None, workload_hash)
         index = int(check_device(device).partition(":")[2] or 0)
         self.manifest = check_manifest(path, trt, present_device(index), workload_hash)
         self.device = device

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from engines import qdq
+from engines.calibrate import Ranges, calibrate
 from engines.errors import InputError
 from engines.export import export_onnx
 from engines.policy import QuantPolicy, choices
@@ -63,19 +64,11 @@ def run(path: Path, feed: Arrays) -> list[npt.NDArray[np.float32]]:
     return list(ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feed))
 
 
-def measure(path: Path, policy: QuantPolicy, feeds: Sequence[Arrays]) -> dict[str, tuple[float, float]]:
-    """Smallest and largest value of every tensor that the policy rounds."""
-    model = onnx.load(str(path))
+def measure(path: Path, policy: QuantPolicy, feeds: Sequence[Arrays]) -> Ranges:
+    """The range of every tensor that the policy rounds."""
+    model = onnx.load(str(path), load_external_data=False)
     names = quantized_tensors(model, choices(model, policy))
-    known = {v.name for v in [*model.graph.input, *model.graph.output]}
-    model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in known)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    seen: dict[str, list[npt.NDArray[np.float32]]] = {n: [] for n in names}
-    for feed in feeds:
-        values = {**dict(zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True)), **feed}
-        for name in names:
-            seen[name].append(values[name])
-    return {name: (float(np.min(v)), float(np.max(v))) for name, v in seen.items()}
+    return calibrate(path, [tuple(feed.values()) for feed in feeds], names, "minmax", len(feeds))
 
 
 def error(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
@@ -218,6 +211,25 @@ def test_a_scalar_that_half_precision_cannot_hold_keeps_its_node_single(tmp_path
     assert error(run(twin, {"x": x.numpy()})[0], run(path, {"x": x.numpy()})[0]) < 0.05
 
 
+def test_gemm_with_a_computed_bias(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    w = numpy_helper.from_array(rng.normal(size=(6, 8)).astype(np.float32), "w")
+    nodes = [
+        helper.make_node("Gelu", ["x"], ["h"], "/gelu"),
+        helper.make_node("Gemm", ["h", "w", "c"], ["y"], "/gemm", transB=1),
+    ]
+    values = {"x": (4, 8), "c": (4, 6), "y": (4, 6)}
+    x, c, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in values.items())
+    path, twin = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    graph = helper.make_graph(nodes, "g", [x, c], [y], [w])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), str(path))
+    feed = {n: rng.normal(size=values[n]).astype(np.float32) for n in ("x", "c")}
+    ranges = measure(path, QuantPolicy(), [feed])
+    assert list(ranges) == ["h"]
+    write_qdq(path, twin, QuantPolicy(), ranges)
+    assert 0 < error(run(twin, feed)[0], run(path, feed)[0]) < 0.02
+
+
 def test_a_tensor_may_be_an_output_and_enter_an_int8_layer(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -258,7 +270,7 @@ def test_shipped_teacher_keeps_its_pointmaps(tmp_path: Path) -> None:
     assert pts1 < 0.05 and pts2 < 0.05, errors
 
 
-def refusal(source: Path, target: Path, policy: QuantPolicy, ranges: qdq.Ranges) -> str:
+def refusal(source: Path, target: Path, policy: QuantPolicy, ranges: Ranges) -> str:
     target.write_bytes(b"old")
     with pytest.raises(InputError) as caught:
         write_qdq(source, target, policy, ranges)
@@ -303,6 +315,11 @@ def test_bad_graphs_are_one_line(block: Path, tmp_path: Path) -> None:
     model.graph.node.append(helper.make_node("If", ["c"], ["d"], "/loop/If", then_branch=branch, else_branch=branch))
     onnx.save(model, str(source))
     assert "/loop/If" in refusal(source, target, policy, ranges)
+
+    model = onnx.load(str(block))
+    model.graph.node.append(helper.make_node("FastGelu", ["y"], ["z"], "/gelu", domain="com.microsoft"))
+    onnx.save(model, str(source))
+    assert "com.microsoft.FastGelu" in refusal(source, target, policy, ranges)
 
     write_qdq(block, tmp_path / "once.onnx", policy, ranges)
     assert "quantized already" in refusal(tmp_path / "once.onnx", target, policy, ranges)

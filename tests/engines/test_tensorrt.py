@@ -17,11 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from engines import tensorrt_layers
+from engines.calibrate import Ranges
 from engines.errors import InputError
 from engines.export import export_onnx
 from engines.policy import Choice, QuantPolicy, choices
-from engines.qdq import Float, Ranges, quantized_tensors, write_qdq
-from engines.tensorrt_build import build_engine, compile_int8, load_tensorrt
+from engines.qdq import Float, quantized_tensors, write_qdq
+from engines.tensorrt_build import build_engine, compile_int8, inspect_engine, load_tensorrt
 from engines.tensorrt_layers import EngineLayer, check_precision, parse_layers, require_precision
 from engines.tensorrt_manifest import AHEAD_OF_TIME, NOT_EXECUTED, Device, check_manifest, manifest_path, sha256
 from engines.tensorrt_run import TensorRTRuntime
@@ -358,11 +359,16 @@ def test_running_without_a_gpu_says_what_is_missing(small: Path) -> None:
         TensorRTRuntime(small)
     with pytest.raises(InputError, match=r"device='cpu': a TensorRT engine runs on cuda"):
         TensorRTRuntime(small, "cpu")
-    with pytest.raises(InputError, match="workload w0, not w9"):
-        TensorRTRuntime(small, workload_hash="w9")
 
 
 # ---------------------------------------------------------------------- on a GPU
+@pytest.mark.gpu
+def test_a_loaded_engine_names_the_layers_that_its_builder_named(small: Path) -> None:
+    chosen = choices(onnx.load(str(small.with_name("small.onnx"))), QuantPolicy())
+    report = check_precision(parse_layers([inspect_engine(TRT, small)]), chosen, "float16")
+    assert report.to_data() == json.loads(manifest_path(small).read_text())["precision"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_engine_follows_onnx_runtime(small: Path, cuda_graph: bool) -> None:
