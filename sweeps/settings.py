@@ -19,12 +19,13 @@ from pydantic import BaseModel, ValidationError
 
 from engines.errors import InputError
 from sweeps.spec import SettingsFile
-from trainables.config import DistillSettings, PretrainSettings, WorkloadSettings
+from trainables.config import DistillSettings, PretrainSettings, PruneSettings, WorkloadSettings
 from trainables.schedules import Schedule
 
 PROFILES = ("demo", "small", "full")
 WORKLOAD = SettingsFile("workload.yaml", WorkloadSettings)
 DISTILL = SettingsFile("distill.yaml", DistillSettings)
+PRUNE = SettingsFile("prune.yaml", PruneSettings)
 PRETRAIN = SettingsFile("pretrain.yaml", PretrainSettings)
 
 

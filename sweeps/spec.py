@@ -160,10 +160,11 @@ class Sweep:
 
     trainable: a Ray class trainable whose step() is one epoch. settings: the files that explain its
     parameters. measure: None for work that its last result describes completely. search_task: the task_id
-    of searched trials. best, log, baseline: names of the file with the best weights, of the file with all
-    curves and records, and of the file with the teacher's record. sample_cpu_s: CPU-seconds that one training
-    sample once took (demo and small), for the estimate of --dry-run. name: part of the sweep's name, by default
-    the script's.
+    of searched trials; search_gates: what they must meet beside the sweep's gate, on numbers that are known
+    without the test split: the search keeps to them. best, log, baseline: names of the file with the best
+    weights, of the file with all curves and records, and of the file with the teacher's record. sample_cpu_s:
+    CPU-seconds that one training sample once took (demo and small), for the estimate of --dry-run. name: part
+    of the sweep's name, by default the script's.
     """
 
     stage: str
@@ -175,6 +176,7 @@ class Sweep:
     settings: Sequence[SettingsFile] = ()
     measure: Measures | None = None
     search_task: str = ""
+    search_gates: Sequence[Gate] = ()
     epochs: int = 1
     best: str | None = None
     log: str | None = None

@@ -1,4 +1,4 @@
-"""The settings that a trainable is given: what is measured (workload) and how a student is distilled.
+"""The settings that a trainable is given: what is measured (workload), how a student is distilled or pruned.
 
 Every key with its unit and meaning is explained in ``sweeps/settings/*.yaml``; here are types and limits.
 """
@@ -6,7 +6,8 @@ Every key with its unit and meaning is explained in ``sweeps/settings/*.yaml``; 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -20,6 +21,11 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are refused, values cannot be changed after they were checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def among(cls, values: Mapping[str, Any]) -> Self:
+        """These settings from the flat values of several."""
+        return cls(**{key: value for key, value in values.items() if key in cls.model_fields})
 
 
 class WorkloadSettings(Settings):
@@ -60,8 +66,8 @@ class WorkloadSettings(Settings):
         return self
 
 
-class DistillSettings(Settings):
-    """How one student is made from the teacher; a trial overrides the keys that it searches."""
+class StudentSettings(Settings):
+    """How a smaller model is trained beside its teacher; DistillSettings and PruneSettings say what it is."""
 
     teacher: str = "shipped"
     epochs: Count = 30
@@ -76,18 +82,13 @@ class DistillSettings(Settings):
     alpha: float = Field(1.0, ge=0)
     T: float = Field(3.0, gt=0)
     beta: Any = 0.5
-    gamma: float = Field(0.0, ge=0)
-    depth: Ratio = 0.7
-    heads: Ratio = 0.7
-    ffn: Ratio = 0.7
-    init: Literal["inherit", "scratch"] = "inherit"
     grace: Count = 3
     patience: Count = 3
     eta: int = Field(3, ge=2)
     min_peers: Count = 4
 
     @model_validator(mode="after")
-    def _batches(self) -> DistillSettings:
+    def _batches(self) -> Self:
         for name in ("pairs_per_epoch", "train_pairs"):
             if getattr(self, name) < self.batch_size:
                 raise ValueError(f"batch_size={self.batch_size} is larger than {name}={getattr(self, name)}")
@@ -100,6 +101,58 @@ class DistillSettings(Settings):
         if min(schedule.values) < 0:
             raise ValueError(f"weights {list(schedule.values)} of the schedule must be 0 or more")
         return schedule.to_data()
+
+
+class DistillSettings(StudentSettings):
+    """How one student is made from the teacher; a trial overrides the keys that it searches."""
+
+    gamma: float = Field(0.0, ge=0)
+    depth: Ratio = 0.7
+    heads: Ratio = 0.7
+    ffn: Ratio = 0.7
+    init: Literal["inherit", "scratch"] = "inherit"
+
+
+class PruneSettings(StudentSettings):
+    """How the teacher is pruned and fine-tuned; a trial overrides the keys that it searches."""
+
+    epochs: Count = 12
+    lr: float = Field(3e-4, gt=0)
+    rho: float = Field(0.3, gt=0, lt=1)
+    enc_heads: float = Field(1.0, ge=0)
+    enc_ffn: float = Field(1.0, ge=0)
+    dec_heads: float = Field(1.0, ge=0)
+    dec_ffn: float = Field(1.0, ge=0)
+    residual: float = Field(0.0, ge=0)
+    ratios: Literal["uniform", "sensitivity"] = "uniform"
+    steps: Count = 1
+
+    GROUPS: ClassVar[tuple[str, ...]] = ("enc_heads", "enc_ffn", "dec_heads", "dec_ffn", "residual")
+
+    @model_validator(mode="after")
+    def _pruning(self) -> Self:
+        for group, ratio in self.channel_ratios.items():
+            if ratio >= 1:
+                raise ValueError(
+                    f"rho={self.rho:g} x {group}={getattr(self, group):g} removes all there is: lower either below "
+                    f"a product of 1"
+                )
+        if self.steps > 1 and 2 * self.steps > self.epochs:
+            raise ValueError(
+                f"steps={self.steps} need at least {2 * self.steps} epochs, found epochs={self.epochs}: "
+                "the last step falls before half of the training"
+            )
+        return self
+
+    @property
+    def channel_ratios(self) -> dict[str, float]:
+        """Share of the channels to remove, by group."""
+        return {group: self.rho * float(getattr(self, group)) for group in self.GROUPS}
+
+    @property
+    def step_epochs(self) -> list[int]:
+        """Epochs, counted from 0, before which a pruning step takes place; spread over the first half."""
+        return [step * self.epochs // (2 * self.steps) for step in range(self.steps)]
 
 
 class PretrainSettings(Settings):

@@ -23,9 +23,10 @@ from engines.export import export_onnx
 from engines.latency import environment, interleaved
 from engines.runtimes import OnnxRuntime, TorchRuntime
 from trainables.checkpoint import model_hash
+from trainables.config import PruneSettings
 from trainables.domain import Domain, make_domain
 from trainables.gates import paired_drop
-from trainables.teacher_cache import TeacherCache, inherited, teacher_metrics
+from trainables.teacher_cache import TeacherCache, inherited, pruned, teacher_metrics
 
 Job = dict[str, Any]
 
@@ -40,9 +41,12 @@ def prepare(job: Job) -> dict[str, Any]:
     domain.teacher()
     if job["trials"]:
         teacher_metrics(cache, domain, "val", full=False)
-        if settings["init"] == "inherit":
-            inherited(cache, domain)
         trials = [make_domain(job["domain"], settings, params, job["seed"]) for params in job["trials"]]
+        if settings.get("init") == "inherit":
+            inherited(cache, domain)
+        if "rho" in settings:
+            for trial, params in zip(trials, job["trials"], strict=True):
+                pruned(cache, trial, PruneSettings.among({**settings, **params}))
         for states in {any(signal.states for signal in trial.signals()) for trial in trials}:
             make = partial(_domain, job)
             TeacherCache(cache, make, settings["train_pairs"], states).build(int(environment()["cores"] or 1))
@@ -64,6 +68,7 @@ def measure_quality(job: Job) -> dict[str, Any]:
         seed=job["settings"]["workload_seed"],
     )
     means = {name: float(values.mean()) for name, values in own.items()}
+    size = {"params_down": 1 - footprint.params_M(model) / footprint.params_M(domain.teacher())}
     return {
         **means,
         "quality": means[primary],
@@ -71,7 +76,7 @@ def measure_quality(job: Job) -> dict[str, Any]:
         "drop_lo": change.lo,
         "drop_hi": change.hi,
         "parent": f"teacher:{model_hash(domain.teacher())}" if job["weights"] else None,
-        "extra": {"test_samples": len(own[primary]), "weights": model_hash(model)},
+        "extra": {"test_samples": len(own[primary]), "weights": model_hash(model), **(size if job["weights"] else {})},
     }
 
 

@@ -221,9 +221,7 @@ def output(block: Any, part: str) -> nn.Linear:
     return layer
 
 
-def sample(
-    block: nn.Module, part: str, x: Tensor, other: Tensor, goal: Tensor, at: Positions
-) -> tuple[Tensor, Tensor]:
+def sample(block: nn.Module, part: str, x: Tensor, other: Tensor, goal: Tensor, at: Positions) -> tuple[Tensor, Tensor]:
     """Features that enter the part's output projection, and what the projection should make of them."""
     seen: list[Tensor] = []
     hook = output(block, part).register_forward_pre_hook(lambda _, args: seen.append(args[0]))

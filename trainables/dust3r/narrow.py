@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engines.errors import InputError
 from trainables.dust3r.config import PARTS, Config
@@ -120,7 +120,7 @@ def _with_counts(config: Config, counts: Mapping[Part, int], dims: Mapping[str, 
     for part, count in counts.items():
         key = f"{part.stack}.{part.name}"
         layers[key] = (*layers.get(key, ()), count)
-    sizes = {f"{side}_head_dim": config.head_width(side) for side in ("enc", "dec")}
+    sizes: dict[str, Any] = {f"{side}_head_dim": config.head_width(side) for side in ("enc", "dec")}
     sizes |= {f"{side}_mlp_hidden": config.mlp_hidden(side) for side in ("enc", "dec")}
     sizes |= {f"{side}_embed_dim": dim for side, dim in dims.items()}
     return dataclasses.replace(config, layers=layers, **sizes)

@@ -61,16 +61,19 @@ class _Graph:
         self.copy.requires_grad_(True)
         with torch.enable_grad():
             self.graph = tp.DependencyGraph().build_dependency(
-                self.copy, torch.zeros(1, 3, side, side), lambda copy, image: copy.pointmaps(image, image), verbose=False
+                self.copy,
+                torch.zeros(1, 3, side, side),
+                lambda copy, image: copy.pointmaps(image, image),
+                verbose=False,
             )
 
-    def rank(self, root: nn.Module, block: int = 1) -> Tensor:
+    def rank(self, root: nn.Linear | nn.Conv2d, block: int = 1) -> Tensor:
         """Output channels of `root` in blocks of neighbours (n, block), the least important block first."""
-        scores = _L1(self._group(root)).view(-1, block).sum(1)
+        scores: Tensor = _L1(self._group(root)).view(-1, block).sum(1)
         order = scores.argsort(stable=True)
         return order[:, None] * block + torch.arange(block)
 
-    def keep(self, root: nn.Module, channels: int, block: int = 1) -> Tensor:
+    def keep(self, root: nn.Linear | nn.Conv2d, channels: int, block: int = 1) -> Tensor:
         """Remove all but `channels` output channels of `root` and what depends on them; the indices that stay."""
         order = self.rank(root, block)
         leaving = order[: len(order) - channels // block].flatten().tolist()
@@ -78,12 +81,10 @@ class _Graph:
             self._group(root).prune(idxs=leaving)
         return order[len(order) - channels // block :].flatten().sort().values
 
-    def _group(self, root: nn.Module) -> Any:
+    def _group(self, root: nn.Linear | nn.Conv2d) -> Any:
         conv = isinstance(root, nn.Conv2d)
         remove = tp.prune_conv_out_channels if conv else tp.prune_linear_out_channels
-        channels = root.weight.shape[0]
-        assert isinstance(channels, int)
-        return self.graph.get_pruning_group(root, remove, list(range(channels)))
+        return self.graph.get_pruning_group(root, remove, list(range(len(root.weight))))
 
     def root(self, part: Part) -> nn.Linear:
         """The layer whose output channels are the part's."""
@@ -165,7 +166,7 @@ def refit(old: DUSt3R, new: DUSt3R, kept: dict[str, Tensor], images: Tensor) -> 
     kept = {side: index.to(device) for side, index in kept.items()}
     grid = old._grid((images.shape[-2], images.shape[-1]))
     pairs = max(1, inherit.BATCH_TOKENS // (2 * grid[0] * grid[1]))
-    batches = [batch.to(device) for batch in images.split(pairs)]
+    batches = [batch.to(device) for batch in torch.split(images, pairs)]
     truth: list[Streams] = [(inherit.embed(old, batch),) for batch in batches]
     own: list[Streams] = [(inherit.embed(new, batch),) for batch in batches]
     at = old._positions(grid, "enc", truth[0][0])
@@ -177,8 +178,8 @@ def refit(old: DUSt3R, new: DUSt3R, kept: dict[str, Tensor], images: Tensor) -> 
     truth = [inherit.two_views(old, x) for x in goals]
     own = [inherit.two_views(new, new.decoder_embed(x)) for x in features]
     at = old._positions(grid, "dec", truth[0][0])
-    stacks = [(m.dec_blocks, m.dec_blocks2) for m in (old, new)]
-    truth, own = _refit_stack(*stacks, kept["dec"], truth, own, at)
+    old_stacks, new_stacks = ((m.dec_blocks, m.dec_blocks2) for m in (old, new))
+    truth, own = _refit_stack(old_stacks, new_stacks, kept["dec"], truth, own, at)
 
     for view, name in enumerate(("downstream_head1", "downstream_head2")):
         head, cut = getattr(old, name), getattr(new, name)
