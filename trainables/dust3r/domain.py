@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engines.errors import InputError
-from trainables import checkpoint
+from trainables import checkpoint, fast_linear
 from trainables.checkpoint import model_hash
 from trainables.config import DistillSettings, PruneSettings, WorkloadSettings
 from trainables.domain import Batch, Outputs, Signal
@@ -47,8 +47,8 @@ SMALL_TEACHER: dict[str, Any] = {
     "dec_num_heads": 4,
     "head_type": "linear",
 }
-CALIBRATION_PAIRS = 256
-SENSITIVITY_PAIRS = 64
+CALIBRATION_PAIRS = 256  # of a student's inheritance; pruning takes half of them at each of its steps
+SENSITIVITY_PAIRS = 32
 STATES = ("enc1", "enc2", "dec1", "dec2")
 # What is cached depends on this code. Read at import: an edit during a sweep must not change its identities.
 _MODULES = (rooms, metrics, losses, blocks, dpt, model_code, inheritance, narrow, pruning, sys.modules[__name__])
@@ -95,7 +95,7 @@ class Dust3r:
             **inheritance.student_config(teacher.config, depth=d.depth, heads=d.heads, ffn=d.ffn)
         )
         if inherit:
-            inheritance.inherit(teacher, student, self._calibration())
+            inheritance.inherit(teacher, student, self._calibration(CALIBRATION_PAIRS))
         return student
 
     def student_id(self) -> str:
@@ -109,7 +109,9 @@ class Dust3r:
         teacher = Config(**self.teacher().config)
         target = narrow.partway(teacher, self._narrowed, share)
         pruned, kept = pruning.prune(model, target)
-        pruning.refit(model, pruned, kept, self._calibration())
+        fast_linear.install(model)
+        fast_linear.install(pruned)
+        pruning.refit(model, pruned, kept, self._calibration(CALIBRATION_PAIRS // 2))
         return pruned
 
     @cached_property
@@ -120,7 +122,8 @@ class Dust3r:
         target = narrow.narrowed(config, asked.channel_ratios)  # refuses what cannot be before time is spent
         if asked.ratios == "uniform":
             return target
-        batch = self.samples("train", torch.arange(SENSITIVITY_PAIRS))
+        fast_linear.install(teacher)
+        batch = self.samples("train", 2 * torch.arange(SENSITIVITY_PAIRS))  # each of a scene of its own
         batch |= self.teacher_outputs(teacher, batch)
 
         def moved(model: DUSt3R) -> float:
@@ -128,9 +131,9 @@ class Dust3r:
 
         return narrow.narrowed(config, asked.channel_ratios, pruning.sensitivities(teacher, asked.rho, moved))
 
-    def _calibration(self) -> Tensor:
-        """Training pairs (n, 2, 3, H, W) in [-1, 1], on which a narrower model is fitted to a wider one."""
-        return self.samples("train", torch.arange(CALIBRATION_PAIRS))["image"].float() / 127.5 - 1
+    def _calibration(self, count: int) -> Tensor:
+        """Training pairs (count, 2, 3, H, W) in [-1, 1], on which a narrower model is fitted to a wider one."""
+        return self.samples("train", torch.arange(count))["image"].float() / 127.5 - 1
 
     def load(self, path: Path) -> DUSt3R:
         """A model from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
