@@ -91,12 +91,13 @@ def _assign(
             f"channel ratio {ratio:.3g} of {group} would remove all {what} of a layer: "
             f"lower rho or the factor {group} until their product is at most {spare / sum(whole.values()):.3g}"
         )
-    # A part that seems to cost nothing must not be emptied for that: costs are measured on few samples.
-    least = max(costs[part] for part in whole) / 1000
-    price = {part: max(costs[part], least) / count**2 for part, count in whole.items()}
+    # What is measured at the ratio itself says little further out: no part loses more than twice as much.
+    most = {part: min(count - 1, math.ceil(2 * ratio * count)) for part, count in whole.items()}
+    price = {part: costs[part] / count**2 for part, count in whole.items()}
     taken = dict.fromkeys(whole, 0)
     for _ in range(remove):
-        able = [part for part in whole if taken[part] < whole[part] - 1]
+        able = [part for part in whole if taken[part] < most[part]]
+        able = able or [part for part in whole if taken[part] < whole[part] - 1]
         cheapest = min(able, key=lambda part: price[part] * (2 * taken[part] + 1))
         taken[cheapest] += 1
     return taken
