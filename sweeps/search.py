@@ -6,6 +6,7 @@ sweep rebuilds the study.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ import optuna
 from sweeps.journal import TrialState
 from sweeps.plan import Planned, Planner
 from sweeps.spec import OneOf, Range, Trial, schedule_options
+from trainables.gates import Gate
 from trainables.schedules import Schedule
 
+EXCESS = "beyond the gates"  # by which a trial misses each, zero or less where it meets it
 OBJECTIVES = ("best validation drop", "t_pair_p50_ms")
 STARTUP = 10  # trials drawn at random before the sampler has something to go by
 
@@ -26,6 +29,7 @@ class Search:
     def __init__(self, space: Mapping[str, Range | OneOf], planner: Planner, task_id: str, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._space, self._planner, self._task_id, self._seed = space, planner, task_id, seed
+        self._gates, self._budget = planner.sweep.search_gates, planner.sweep.gate
         self._study = optuna.create_study(directions=["minimize"] * len(OBJECTIVES), sampler=self._sampler(0))
         self._asked: dict[str, optuna.trial.Trial] = {}
         self._count = 0
@@ -57,7 +61,7 @@ class Search:
             asked = self._study.ask()
             for name, words in self._space.items():
                 _suggest(asked, name, words)
-            self._study.tell(asked, values)
+            self._tell(asked, trials[trial.trial_id], values)
 
     def tell(self, trials: Sequence[TrialState]) -> None:
         """Both objectives of measured trials; one that lacks either counts as failed."""
@@ -69,16 +73,30 @@ class Search:
             if values is None:
                 self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
             else:
-                self._study.tell(asked, values)
+                self._tell(asked, trial, values)
+
+    def _tell(self, asked: optuna.trial.Trial, trial: TrialState, values: list[float]) -> None:
+        if self._gates:
+            asked.set_user_attr(EXCESS, [self._over_budget(trial), *(_excess(gate, trial) for gate in self._gates)])
+        self._study.tell(asked, values)
+
+    def _over_budget(self, trial: TrialState) -> float:
+        return self._budget.excess(trial.best_drop) if self._budget else 0.0
 
     def _sampler(self, count: int) -> optuna.samplers.BaseSampler:
-        return optuna.samplers.TPESampler(seed=self._seed + count, n_startup_trials=STARTUP)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(
+                seed=self._seed + count,
+                n_startup_trials=STARTUP,
+                constraints_func=(lambda trial: trial.user_attrs[EXCESS]) if self._gates else None,
+            )
 
     def _next(self) -> Planned:
         trial = self._study.ask()
         params = {name: _suggest(trial, name, words) for name, words in self._space.items()}
         planned = self._planner.plan(
-            Trial(self._task_id, **params),
+            Trial(self._task_id, gates=self._gates, **params),
             tags={"search": {"number": self._count, "params": dict(trial.params)}},
         )
         self._count += 1
@@ -101,6 +119,11 @@ def _values(trial: TrialState) -> list[float] | None:
     """The objectives, None where one is missing. Validation steers the search: the test split only reports."""
     p50 = (trial.record or {}).get("t_pair_p50_ms")
     return [trial.best_drop, float(p50)] if p50 is not None and math.isfinite(trial.best_drop) else None
+
+
+def _excess(gate: Gate, trial: TrialState) -> float:
+    value = (trial.record or {}).get(gate.metric)
+    return gate.excess(value) if isinstance(value, int | float) else math.inf
 
 
 def _suggest(trial: optuna.trial.Trial, name: str, words: Range | OneOf) -> Any:

@@ -20,13 +20,14 @@ from pydantic import BaseModel, ValidationError
 
 from engines.errors import InputError
 from sweeps.spec import SettingsFile
-from trainables.config import DistillSettings, PretrainSettings, QuantSettings, WorkloadSettings
+from trainables.config import DistillSettings, PretrainSettings, PruneSettings, QuantSettings, WorkloadSettings
 from trainables.schedules import Schedule
 
 PROFILES = ("demo", "small", "full")
 WORKLOAD = SettingsFile("workload.yaml", WorkloadSettings)
 DISTILL = SettingsFile("distill.yaml", DistillSettings)
 QUANT = SettingsFile("quant.yaml", QuantSettings)
+PRUNE = SettingsFile("prune.yaml", PruneSettings)
 PRETRAIN = SettingsFile("pretrain.yaml", PretrainSettings)
 
 

@@ -168,12 +168,13 @@ class Sweep:
 
     trainable: a Ray class trainable whose step() is one epoch. settings: the files that explain its
     parameters. measure: None for work that its last result describes completely. search_task: the task_id
-    of searched trials. best, log, baseline: names of the files of the best trial (weights, or what its suffix says),
-    of the file with all curves and records, and of the file with the teacher's record. seeds: how many seeds every
-    trial is run with. reference: the combo of the arm that an ablation compares all others with. starts_from: the
-    stage and file of the model to start from, unless the setting `model` names one. sample_cpu_s: CPU-seconds that
-    one training sample once took (demo and small), for the estimate of --dry-run. name: part of the sweep's name,
-    by default the script's.
+    of searched trials; search_gates: what they must meet beside the sweep's gate, on numbers that are known
+    without the test split: the search keeps to them. best, log, baseline: names of the files of the best trial
+    (weights, or what its suffix says), of the file with all curves and records, and of the file with the teacher's
+    record. seeds: how many seeds every trial is run with. reference: the combo of the arm that an ablation compares
+    all others with. starts_from: the stage and file of the model to start from, unless the setting `model` names
+    one. sample_cpu_s: CPU-seconds that one training sample once took (demo and small), for the estimate of
+    --dry-run. name: part of the sweep's name, by default the script's.
     """
 
     stage: str
@@ -185,6 +186,7 @@ class Sweep:
     settings: Sequence[SettingsFile] = ()
     measure: Measures | None = None
     search_task: str = ""
+    search_gates: Sequence[Gate] = ()
     epochs: int = 1
     seeds: int = 1
     reference: str | None = None

@@ -6,9 +6,10 @@ Every key with its unit and meaning is explained in ``sweeps/settings/*.yaml``; 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -24,6 +25,11 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are refused, values cannot be changed after they were checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def among(cls, values: Mapping[str, Any]) -> Self:
+        """These settings from the flat values of several."""
+        return cls(**{key: value for key, value in values.items() if key in cls.model_fields})
 
 
 class WorkloadSettings(Settings):
@@ -86,7 +92,6 @@ class TrainingSettings(Settings):
     alpha: float = Field(1.0, ge=0)
     T: float = Field(3.0, gt=0)
     beta: Any = 0.5
-    gamma: float = Field(0.0, ge=0)
     grace: Count = 3
     patience: Count = 3
     eta: int = Field(3, ge=2)
@@ -111,6 +116,7 @@ class TrainingSettings(Settings):
 class DistillSettings(TrainingSettings):
     """How one student is made from the teacher."""
 
+    gamma: float = Field(0.0, ge=0)
     depth: Ratio = 0.7
     heads: Ratio = 0.7
     ffn: Ratio = 0.7
@@ -121,6 +127,7 @@ class QuantSettings(TrainingSettings):
     """How a model is quantized: the policy of engines/policy.py, and the training where rounding loses too much."""
 
     model: Annotated[str, AfterValidator(_absolute)] = "teacher"
+    gamma: float = Field(0.0, ge=0)
     bits_w: int = 8
     bits_a: int = 8
     keep: tuple[str, ...] = ("layernorm", "softmax", "attention")
@@ -145,6 +152,48 @@ class QuantSettings(TrainingSettings):
         except InputError as error:
             raise ValueError(str(error)) from None
         return self
+
+
+class PruneSettings(TrainingSettings):
+    """How the teacher is pruned and fine-tuned; a trial overrides the keys that it searches."""
+
+    epochs: Count = 12
+    lr: float = Field(3e-4, gt=0)
+    rho: float = Field(0.3, gt=0, lt=1)
+    enc_heads: float = Field(1.0, ge=0)
+    enc_ffn: float = Field(1.0, ge=0)
+    dec_heads: float = Field(1.0, ge=0)
+    dec_ffn: float = Field(1.0, ge=0)
+    residual: float = Field(0.0, ge=0)
+    ratios: Literal["uniform", "sensitivity"] = "uniform"
+    steps: Count = 1
+
+    GROUPS: ClassVar[tuple[str, ...]] = ("enc_heads", "enc_ffn", "dec_heads", "dec_ffn", "residual")
+
+    @model_validator(mode="after")
+    def _pruning(self) -> Self:
+        for group, ratio in self.channel_ratios.items():
+            if ratio >= 1:
+                raise ValueError(
+                    f"rho={self.rho:g} x {group}={getattr(self, group):g} removes all there is: lower either below "
+                    f"a product of 1"
+                )
+        if self.steps > 1 and 2 * self.steps > self.epochs:
+            raise ValueError(
+                f"steps={self.steps} need at least {2 * self.steps} epochs, found epochs={self.epochs}: "
+                "the last step falls before half of the training"
+            )
+        return self
+
+    @property
+    def channel_ratios(self) -> dict[str, float]:
+        """Share of the channels to remove, by group."""
+        return {group: self.rho * float(getattr(self, group)) for group in self.GROUPS}
+
+    @property
+    def step_epochs(self) -> list[int]:
+        """Epochs, counted from 0, before which a pruning step takes place; spread over the first half."""
+        return [step * self.epochs // (2 * self.steps) for step in range(self.steps)]
 
 
 class PretrainSettings(Settings):

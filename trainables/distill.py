@@ -75,7 +75,7 @@ class Distill(Training):
 
     def validate(self) -> dict[str, float]:
         """Mean metrics over the validation samples; the drop of the primary one against the teacher, with interval."""
-        values = self.domain.evaluate(self.model, "val")
+        values = self.domain.evaluate(self.candidate(), "val")
         own = values[self.domain.primary]
         fall = paired_drop(own.numpy(), self.reference.numpy(), self.domain.lower_is_better, seed=self.seed)
         drops = {"val_drop": fall.value, "val_drop_lo": fall.lo, "val_drop_hi": fall.hi}
@@ -85,4 +85,8 @@ class Distill(Training):
     def exported(self) -> dict[str, Any]:
         """The plain student and where it comes from; no adapter."""
         origin = {"params": dict(self.config["params"]), "seed": self.seed, "epoch": self.epoch}
-        return {**self.domain.export(self.model), "origin": origin}
+        return {**self.domain.export(self.candidate()), "origin": origin}
+
+    def candidate(self) -> nn.Module:
+        """The model that is validated and saved."""
+        return self.model

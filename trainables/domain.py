@@ -49,6 +49,12 @@ class Domain(Protocol):
     def student_id(self) -> str:
         """Changes whenever the inherited student would: teacher, ratios, code, calibration data."""
 
+    def pruned(self, model: nn.Module, share: float) -> nn.Module:
+        """`model`, the teacher or an earlier result of this, pruned to `share` of the way, in (0, 1], to the widths
+        that the settings ask for: a new model that :meth:`load` reads back. InputError where a layer would be left
+        with nothing.
+        """
+
     def load(self, path: Path) -> nn.Module:
         """A model from a file that :meth:`export` filled. InputError names what is wrong with it."""
 

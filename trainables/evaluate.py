@@ -16,13 +16,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from engines.footprint import params_M
 from engines.latency import environment
 from trainables import deploy
 from trainables.checkpoint import model_hash
+from trainables.config import PruneSettings
 from trainables.deploy import Job, domain_of, model_of
 from trainables.domain import Domain, make_domain
 from trainables.gates import Drop, paired_drop
-from trainables.teacher_cache import TeacherCache, inherited, teacher_metrics
+from trainables.teacher_cache import TeacherCache, inherited, pruned, teacher_metrics
 from trainables.timing import measure_latency
 
 __all__ = ["compile_engine", "identify", "measure_latency", "measure_quality", "prepare"]
@@ -47,11 +49,14 @@ def prepare(job: Job) -> None:
     domain.teacher()
     if job["trials"]:
         teacher_metrics(cache, domain, "val", full=False)
+        trials = [make_domain(job["domain"], settings, params, job["seed"]) for params in job["trials"]]
         if settings.get("init") == "inherit":
             inherited(cache, domain)
+        if "rho" in settings:
+            for trial, params in zip(trials, job["trials"], strict=True):
+                pruned(cache, trial, PruneSettings.among({**settings, **params}))
         if "bits_w" in settings:
             return  # rounding alone may do, and then no training sample is ever needed
-        trials = [make_domain(job["domain"], settings, params, job["seed"]) for params in job["trials"]]
         states = any(signal.states for trial in trials for signal in trial.signals())
         shared = TeacherCache(cache, partial(domain_of, job), settings["train_pairs"], states)
         shared.build(int(environment()["cores"] or 1), partial(_report, job))
@@ -73,6 +78,7 @@ def measure_quality(job: Job) -> dict[str, Any]:
     primary = domain.primary
     change = _drop(job, domain, own, teacher)
     means = {name: float(values.mean()) for name, values in own.items()}
+    size = {"params_down": 1 - params_M(model) / params_M(domain.teacher())} if job["weights"] else {}
     return {
         **means,
         "quality": means[primary],
@@ -80,7 +86,7 @@ def measure_quality(job: Job) -> dict[str, Any]:
         "drop_lo": change.lo,
         "drop_hi": change.hi,
         **more,
-        "extra": {"test_samples": len(own[primary]), "weights": model_hash(model), **more.get("extra", {})},
+        "extra": {"test_samples": len(own[primary]), "weights": model_hash(model), **size, **more.get("extra", {})},
     }
 
 

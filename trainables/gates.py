@@ -137,5 +137,9 @@ class Gate:
             detail += "; the limit lies within the interval"
         return Verdict("pass" if good else "fail", detail)
 
+    def excess(self, value: float) -> float:
+        """How far `value` lies beyond the limit, in the metric's unit; zero or less where the gate is met."""
+        return value - self.at_most if self.at_most is not None else (self.at_least or 0.0) - value
+
     def _say(self, value: float) -> str:
         return f"{100 * value:.3g} %" if self.metric == "drop" else f"{value:.4g}"

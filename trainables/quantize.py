@@ -34,8 +34,7 @@ class Quantize(Distill):
     def build(self) -> None:
         """The model to quantize and its policy; see :class:`trainables.distill.Distill`."""
         super().build()
-        own = {key: value for key, value in self.settings.items() if key in QuantSettings.model_fields}
-        self.quant = QuantSettings(**own)
+        self.quant = QuantSettings.among(self.settings)
         self.policy = self.quant.policy
         self.faked = False
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from engines.errors import InputError
 from trainables import checkpoint, fast_linear
 from trainables.checkpoint import model_hash
+from trainables.config import PruneSettings
 from trainables.domain import Batch, Domain
 
 BLOCK = 256
@@ -196,4 +197,14 @@ def inherited(folder: Path, domain: Domain) -> nn.Module:
     with locked(folder / "inherit.lock"):
         if not path.exists():
             checkpoint.save(path, domain.export(domain.student(inherit=True)))
+    return domain.load(path)
+
+
+def pruned(folder: Path, domain: Domain, settings: PruneSettings) -> nn.Module:
+    """The teacher after the first pruning step, made once by content like :func:`inherited`."""
+    structure = {key: getattr(settings, key) for key in ("rho", *PruneSettings.GROUPS, "ratios", "steps", "T")}
+    path = folder / f"pruned_{_digest(model_hash(domain.teacher()), domain.data_id(), structure)}.pth"
+    with locked(folder / "prune.lock"):
+        if not path.exists():
+            checkpoint.save(path, domain.export(domain.pruned(domain.teacher(), 1 / settings.steps)))
     return domain.load(path)

@@ -77,15 +77,19 @@ class Training(Trainable):
         self.build()
         self._seed_all()  # what building drew depends on what other trials had left in the cache
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.trained.to(self.device)
-        fast_linear.install(self.trained)
         self.steps_per_epoch = max(1, self.settings["pairs_per_epoch"] // self.settings["batch_size"])
-        self.optimizer = Optimizer(self.trained, self.settings["optimizer"], self.settings["weight_decay"])
+        self.ready()
         for left in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         state = self.folder / "state.pt"
         if state.exists():
             self._restore(checkpoint.load(state, "state"))
+
+    def ready(self) -> None:
+        """Make self.trained trainable: on its device, fast, with a fresh optimiser."""
+        self.trained.to(self.device)
+        fast_linear.install(self.trained)
+        self.optimizer = Optimizer(self.trained, self.settings["optimizer"], self.settings["weight_decay"])
 
     def _seed_all(self) -> None:
         torch.manual_seed(self.seed)

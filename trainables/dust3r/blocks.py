@@ -147,7 +147,7 @@ class Mlp(nn.Module):
 class EncoderBlock(nn.Module):
     """Pre-norm transformer block on tokens (B, N, dim)."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, head_dim: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = SelfAttention(dim, heads, head_dim)
@@ -163,13 +163,13 @@ class EncoderBlock(nn.Module):
 class DecoderBlock(nn.Module):
     """Self-attention, attention over the other view (normalised by this block's norm_y), feed-forward."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, head_dim: int, heads: int, cross_heads: int, hidden: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = SelfAttention(dim, heads, head_dim)
         self.norm_y = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.cross_attn = CrossAttention(dim, heads, head_dim)
+        self.cross_attn = CrossAttention(dim, cross_heads, head_dim)
         self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, hidden)
 

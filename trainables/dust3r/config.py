@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,12 @@ _FIXED: dict[str, Any] = {
     "conf_mode": ("exp", "1", "inf"),
     "patch_embed_cls": "PatchEmbedDust3R",
     "landscape_only": False,
+}
+# The stacks of layers and the parts of a layer that can be narrowed, by their names in the state dict.
+PARTS: dict[str, tuple[str, ...]] = {
+    "enc_blocks": ("attn", "mlp"),
+    "dec_blocks": ("attn", "cross_attn", "mlp"),
+    "dec_blocks2": ("attn", "cross_attn", "mlp"),
 }
 
 
@@ -31,7 +38,10 @@ class Config:
     img_size (H, W) in pixels matters only for pos_embed 'cosine', whose tables are fixed; 'RoPE<base>' takes
     every size that the patch size divides. hooks index the decoder's list [encoder output, block 1, ...,
     block n]. enc_head_dim, dec_head_dim: channels per head (default embed_dim / heads); enc_mlp_hidden,
-    dec_mlp_hidden: feed-forward width (default 4 * embed_dim). Raises InputError that lists all bad values.
+    dec_mlp_hidden: feed-forward width (default 4 * embed_dim). layers: of a pruned model, heads of every
+    attention and channels of every feed-forward part, one per layer and instead of the numbers for all layers,
+    e.g. {"enc_blocks.attn": (5, 4), "dec_blocks2.mlp": (384, 512), ...} with every part of every stack; its
+    embeddings may be narrower than heads times head width. Raises InputError that lists all bad values.
     """
 
     output_mode: str = "pts3d"
@@ -57,6 +67,7 @@ class Config:
     dec_head_dim: int | None = None
     enc_mlp_hidden: int | None = None
     dec_mlp_hidden: int | None = None
+    layers: Mapping[str, tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
         for name, mode in (("depth_mode", self.depth_mode), ("conf_mode", self.conf_mode)):
@@ -65,6 +76,8 @@ class Config:
         object.__setattr__(self, "layer_dims", tuple(self.layer_dims))
         if self.hooks is not None:
             object.__setattr__(self, "hooks", tuple(self.hooks))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", {part: tuple(counts) for part, counts in self.layers.items()})
         problems = self._problems()
         if problems:
             raise InputError("model config: " + "; ".join(problems))
@@ -98,6 +111,7 @@ class Config:
                 bad.append(f"{side} head width {self.head_width(side)} must be a multiple of 4 for RoPE")
             if self.pos_embed == "cosine" and dim % 4:
                 bad.append(f"{side}_embed_dim={dim} must be a multiple of 4 for cosine positions")
+        bad += self._bad_layers()
         if len(self.img_size) != 2 or any(s < 1 or s % self.patch_size for s in self.img_size):
             bad.append(f"img_size={self.img_size} must be two multiples of patch_size={self.patch_size}")
         if self.head_type == "dpt":
@@ -107,6 +121,17 @@ class Config:
             if any(h < 0 or h > self.dec_depth for h in hooks):
                 bad.append(f"hooks={hooks} must lie in 0..dec_depth={self.dec_depth}")
         return bad
+
+    def _bad_layers(self) -> list[str]:
+        if self.layers is None:
+            return []
+        depths = {f"{stack}.{part}": self.depth(stack) for stack, parts in PARTS.items() for part in parts}
+        bad = [f"layers has no part {part!r}" for part in self.layers.keys() - depths.keys()]
+        bad += [f"layers lacks {part!r}" for part in depths.keys() - self.layers.keys()]
+        for part, counts in self.layers.items():
+            if len(counts) != depths.get(part, len(counts)) or any(count < 1 for count in counts):
+                bad.append(f"layers {part}={counts} must be {depths.get(part)} numbers of at least 1")
+        return sorted(bad)
 
     @property
     def rope_base(self) -> float | None:
@@ -130,7 +155,21 @@ class Config:
         width: int = own or 4 * getattr(self, f"{side}_embed_dim")
         return width
 
+    def depth(self, stack: str) -> int:
+        """Layers of a stack of PARTS."""
+        depth: int = getattr(self, f"{stack[:3]}_depth")
+        return depth
+
+    def count(self, stack: str, part: str, layer: int) -> int:
+        """Heads of an attention or channels of a feed-forward part of one layer; names as in PARTS."""
+        if self.layers is not None:
+            return self.layers[f"{stack}.{part}"][layer]
+        heads: int = getattr(self, f"{stack[:3]}_num_heads")
+        return self.mlp_hidden(stack[:3]) if part == "mlp" else heads
+
     def to_data(self) -> dict[str, Any]:
         """JSON-able keyword arguments that build an equal config."""
         data = dataclasses.asdict(self)
+        if self.layers is not None:
+            data["layers"] = {part: list(counts) for part, counts in self.layers.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}

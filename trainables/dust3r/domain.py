@@ -8,22 +8,24 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engines.errors import InputError
-from trainables import checkpoint
+from trainables import checkpoint, fast_linear
 from trainables.checkpoint import model_hash
-from trainables.config import DistillSettings, WorkloadSettings
+from trainables.config import DistillSettings, PruneSettings, WorkloadSettings
 from trainables.domain import Batch, Outputs, Signal
-from trainables.dust3r import blocks, dpt, losses, metrics, pairs, rooms
+from trainables.dust3r import blocks, dpt, losses, metrics, narrow, pairs, rooms
 from trainables.dust3r import inherit as inheritance
 from trainables.dust3r import model as model_code
+from trainables.dust3r import prune as pruning
+from trainables.dust3r.config import Config
 from trainables.dust3r.model import DUSt3R, from_reference_config
 from trainables.schedules import Schedule
 
@@ -45,10 +47,11 @@ SMALL_TEACHER: dict[str, Any] = {
     "dec_num_heads": 4,
     "head_type": "linear",
 }
-CALIBRATION_PAIRS = 256
+CALIBRATION_PAIRS = 256  # of a student's inheritance; pruning takes half of them at each of its steps
+SENSITIVITY_PAIRS = 32
 STATES = ("enc1", "enc2", "dec1", "dec2")
 # What is cached depends on this code. Read at import: an edit during a sweep must not change its identities.
-_MODULES = (rooms, metrics, losses, blocks, dpt, model_code, inheritance, sys.modules[__name__])
+_MODULES = (rooms, metrics, losses, blocks, dpt, model_code, inheritance, narrow, pruning, sys.modules[__name__])
 _CODE = "".join(map(inspect.getsource, _MODULES))
 
 
@@ -57,17 +60,13 @@ def _digest(*identity: object) -> str:
     return hashlib.sha256(json.dumps([_CODE, *identity]).encode()).hexdigest()[:16]
 
 
-def _part(model: type[BaseModel], settings: Mapping[str, Any]) -> Any:
-    return model(**{key: value for key, value in settings.items() if key in model.model_fields})
-
-
 class Dust3r:
     """Procedural rooms, confidence-weighted pointmap regression, AbsRel after one median scale per pair."""
 
     def __init__(self, settings: Mapping[str, Any], seed: int) -> None:
-        self.workload: WorkloadSettings = _part(WorkloadSettings, settings)
-        self.distill: DistillSettings = _part(DistillSettings, settings)
-        self.seed = seed
+        self.workload = WorkloadSettings.among(settings)
+        self.distill = DistillSettings.among(settings)
+        self._settings, self.seed = settings, seed
         self.primary = self.workload.primary
         self.lower_is_better = metrics.LOWER_IS_BETTER[self.primary]
         self._fixed: dict[str, list[Batch]] = {}
@@ -96,14 +95,45 @@ class Dust3r:
             **inheritance.student_config(teacher.config, depth=d.depth, heads=d.heads, ffn=d.ffn)
         )
         if inherit:
-            image = self.samples("train", torch.arange(CALIBRATION_PAIRS))["image"].float() / 127.5 - 1
-            inheritance.inherit(teacher, student, image)
+            inheritance.inherit(teacher, student, self._calibration(CALIBRATION_PAIRS))
         return student
 
     def student_id(self) -> str:
         """Hash of the teacher's weights, the ratios, the inheriting code and the calibration pairs."""
         d = self.distill
         return _digest(model_hash(self.teacher()), d.depth, d.heads, d.ffn, self.data_id(), CALIBRATION_PAIRS)
+
+    def pruned(self, model: nn.Module, share: float) -> DUSt3R:
+        """Pruned by L1 norm to `share` of the way to the settings' widths, then refitted to what it was."""
+        assert isinstance(model, DUSt3R)
+        teacher = Config(**self.teacher().config)
+        target = narrow.partway(teacher, self._narrowed, share)
+        pruned, kept = pruning.prune(model, target)
+        fast_linear.install(model)
+        fast_linear.install(pruned)
+        pruning.refit(model, pruned, kept, self._calibration(CALIBRATION_PAIRS // 2))
+        return pruned
+
+    @cached_property
+    def _narrowed(self) -> Config:
+        """The widths that the settings ask for."""
+        teacher, asked = self.teacher(), PruneSettings.among(self._settings)
+        config = Config(**teacher.config)
+        target = narrow.narrowed(config, asked.channel_ratios)  # refuses what cannot be before time is spent
+        if asked.ratios == "uniform":
+            return target
+        fast_linear.install(teacher)
+        batch = self.samples("train", 2 * torch.arange(SENSITIVITY_PAIRS))  # each of a scene of its own
+        batch |= self.teacher_outputs(teacher, batch)
+
+        def moved(model: DUSt3R) -> float:
+            return float(self.signal_loss("kl", self.forward(model, batch), batch, nn.ModuleDict()))
+
+        return narrow.narrowed(config, asked.channel_ratios, pruning.sensitivities(teacher, asked.rho, moved))
+
+    def _calibration(self, count: int) -> Tensor:
+        """Training pairs (count, 2, 3, H, W) in [-1, 1], on which a narrower model is fitted to a wider one."""
+        return self.samples("train", torch.arange(count))["image"].float() / 127.5 - 1
 
     def load(self, path: Path) -> DUSt3R:
         """A model from a .pth that slimsweep wrote or from .safetensors with its config in the header."""

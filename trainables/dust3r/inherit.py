@@ -30,7 +30,7 @@ Block = EncoderBlock | DecoderBlock
 # The residual streams of one batch: both images of the encoder in one tensor, or one tensor per view.
 Streams = tuple[Tensor, ...]
 
-_BATCH_TOKENS = 8192  # bounds memory: features of one batch are this many rows of float64
+BATCH_TOKENS = 8192  # bounds memory: features of one batch are this many rows of float64
 # Pull towards the teacher's weights, in mean feature powers. At 0.001 the refitted weights grow up to 9 times as
 # large, do worse on unseen images, and the first hundred training steps only undo them.
 _RIDGE = 0.3
@@ -47,6 +47,8 @@ def student_config(teacher_config: dict[str, Any], depth: float, heads: float, f
     if bad:
         raise InputError(f"student ratios {', '.join(bad)} must lie above 0 and at most at 1, e.g. 0.7")
     old = Config(**teacher_config)
+    if old.layers is not None:
+        raise InputError("a student cannot be cut from a pruned teacher: its layers differ in width; give another one")
     new: dict[str, Any] = {}
     for side in ("enc", "dec"):
         hidden = old.mlp_hidden(side)
@@ -102,19 +104,19 @@ def inherit(teacher: DUSt3R, student: DUSt3R, images: Tensor) -> None:
     device = next(teacher.parameters()).device
     height, width = images.shape[-2:]
     grid = teacher._grid((height, width))
-    pairs = max(1, _BATCH_TOKENS // (2 * grid[0] * grid[1]))
+    pairs = max(1, BATCH_TOKENS // (2 * grid[0] * grid[1]))
     at = teacher._positions(grid, "enc", images.new_zeros((), device=device))
     batches = (images[i : i + pairs].to(device) for i in range(0, len(images), pairs))
-    truth: list[Streams] = [(_embed(teacher, batch),) for batch in batches]
+    truth: list[Streams] = [(embed(teacher, batch),) for batch in batches]
     own = list(truth)
     kept = kept_layers(old.enc_depth, new.enc_depth)
     truth, own = _fit_stack((teacher.enc_blocks,), (student.enc_blocks,), kept, truth, own, at)
 
     features = [teacher.enc_norm(x) for (x,) in own]
     goals = [teacher.decoder_embed(teacher.enc_norm(x)) for (x,) in truth]
-    _refit(student.decoder_embed, zip(features, goals, strict=True))
-    truth = [_two_views(teacher, x) for x in goals]
-    own = [_two_views(teacher, student.decoder_embed(x)) for x in features]
+    refit(student.decoder_embed, zip(features, goals, strict=True))
+    truth = [two_views(teacher, x) for x in goals]
+    own = [two_views(teacher, student.decoder_embed(x)) for x in features]
     at = teacher._positions(grid, "dec", truth[0][0])
     kept = kept_layers(old.dec_depth, new.dec_depth)
     old_stacks, new_stacks = ((m.dec_blocks, m.dec_blocks2) for m in (teacher, student))
@@ -124,7 +126,7 @@ def inherit(teacher: DUSt3R, student: DUSt3R, images: Tensor) -> None:
         head, cut = getattr(teacher, name), getattr(student, name)
         if isinstance(cut, LinearHead):
             norm = teacher.dec_norm
-            _refit(cut.proj, ((norm(x[view]), head.proj(norm(t[view]))) for x, t in zip(own, truth, strict=True)))
+            refit(cut.proj, ((norm(x[view]), head.proj(norm(t[view]))) for x, t in zip(own, truth, strict=True)))
 
 
 def _check(old: Config, new: Config, images: Tensor) -> None:
@@ -147,13 +149,13 @@ def _check(old: Config, new: Config, images: Tensor) -> None:
         raise InputError(f"calibration images {tuple(images.shape)} must be pairs (n, 2, 3, H, W), n at least 1")
 
 
-def _embed(model: DUSt3R, pairs: Tensor) -> Tensor:
+def embed(model: DUSt3R, pairs: Tensor) -> Tensor:
     """Encoder tokens (2n, N, dim) before the first layer: all first views, then all second views."""
     x: Tensor = model.patch_embed(torch.cat((pairs[:, 0], pairs[:, 1])))
     return x if model.enc_pos_embed is None else x + model.enc_pos_embed
 
 
-def _two_views(model: DUSt3R, x: Tensor) -> Streams:
+def two_views(model: DUSt3R, x: Tensor) -> Streams:
     if model.dec_pos_embed is not None:
         x = x + model.dec_pos_embed
     return x.chunk(2)
@@ -173,22 +175,22 @@ def _fit_stack(
         blocks = [stack[first] for stack in old]
         cuts = [stack[layer] for stack in new]
         entered, own_entered = truth, own
-        for part in _parts(blocks[0]):
-            truth = [_advance(blocks, part, x, i, at) for x, i in zip(truth, entered, strict=True)]
+        for part in block_parts(blocks[0]):
+            truth = [advance(blocks, part, x, i, at) for x, i in zip(truth, entered, strict=True)]
             if part == "mlp":
                 for skipped in range(first + 1, end):
                     truth = [_layer([stack[skipped] for stack in old], x, at) for x in truth]
             for view, (block, cut) in enumerate(zip(blocks, cuts, strict=True)):
                 samples = (
-                    _sample(block, part, x[view], i[-1 - view], goal[view], at)
+                    sample(block, part, x[view], i[-1 - view], goal[view], at)
                     for x, i, goal in zip(own, own_entered, truth, strict=True)
                 )
                 _fit_part(block, cut, part, samples)
-            own = [_advance(cuts, part, x, i, at) for x, i in zip(own, own_entered, strict=True)]
+            own = [advance(cuts, part, x, i, at) for x, i in zip(own, own_entered, strict=True)]
     return truth, own
 
 
-def _parts(block: nn.Module) -> tuple[str, ...]:
+def block_parts(block: nn.Module) -> tuple[str, ...]:
     return ("attn", "cross_attn", "mlp") if isinstance(block, DecoderBlock) else ("attn", "mlp")
 
 
@@ -203,28 +205,26 @@ def _update(block: Any, part: str, x: Tensor, other: Tensor, at: Positions) -> T
     return out
 
 
-def _advance(blocks: Sequence[nn.Module], part: str, x: Streams, entered: Streams, at: Positions) -> Streams:
+def advance(blocks: Sequence[nn.Module], part: str, x: Streams, entered: Streams, at: Positions) -> Streams:
     return tuple(s + _update(b, part, s, entered[-1 - v], at) for v, (b, s) in enumerate(zip(blocks, x, strict=True)))
 
 
 def _layer(blocks: Sequence[nn.Module], x: Streams, at: Positions) -> Streams:
     entered = x
-    for part in _parts(blocks[0]):
-        x = _advance(blocks, part, x, entered, at)
+    for part in block_parts(blocks[0]):
+        x = advance(blocks, part, x, entered, at)
     return x
 
 
-def _output(block: Any, part: str) -> nn.Linear:
+def output(block: Any, part: str) -> nn.Linear:
     layer: nn.Linear = block.mlp.fc2 if part == "mlp" else getattr(block, part).proj
     return layer
 
 
-def _sample(
-    block: nn.Module, part: str, x: Tensor, other: Tensor, goal: Tensor, at: Positions
-) -> tuple[Tensor, Tensor]:
+def sample(block: nn.Module, part: str, x: Tensor, other: Tensor, goal: Tensor, at: Positions) -> tuple[Tensor, Tensor]:
     """Features that enter the part's output projection, and what the projection should make of them."""
     seen: list[Tensor] = []
-    hook = _output(block, part).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = output(block, part).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         _update(block, part, x, other, at)
     finally:
@@ -275,13 +275,13 @@ def _survivors(gram: Tensor, cross: Tensor, group: int, keep: int) -> Tensor:
 
 
 def _fit_part(block: Any, cut: Any, part: str, samples: Iterator[tuple[Tensor, Tensor]]) -> None:
-    gram, cross = _normal_equations(_output(block, part), samples)
+    gram, cross = _normal_equations(output(block, part), samples)
     if part == "mlp":
         index = _survivors(gram, cross, 1, cut.mlp.fc1.out_features)
     else:
         attention = getattr(cut, part)
         index = _survivors(gram, cross, attention.head_dim, attention.heads)
-    _solve(_output(cut, part), gram, cross, index)
+    _solve(output(cut, part), gram, cross, index)
     for name, norm in block.named_children():
         if isinstance(norm, nn.LayerNorm):
             getattr(cut, name).load_state_dict(norm.state_dict())
@@ -302,6 +302,6 @@ def _solve(layer: nn.Linear, gram: Tensor, cross: Tensor, index: Tensor) -> None
     layer.bias.copy_(solution[-1])
 
 
-def _refit(layer: nn.Linear, samples: Iterator[tuple[Tensor, Tensor]]) -> None:
+def refit(layer: nn.Linear, samples: Iterator[tuple[Tensor, Tensor]]) -> None:
     gram, cross = _normal_equations(layer, samples)
     _solve(layer, gram, cross, torch.arange(len(gram) - 1, device=gram.device))

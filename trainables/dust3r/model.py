@@ -23,7 +23,7 @@ from trainables.dust3r.blocks import (
     is_tracing,
     rotary_positions,
 )
-from trainables.dust3r.config import Config
+from trainables.dust3r.config import PARTS, Config
 from trainables.dust3r.dpt import DPT, DPTHead
 
 _CHANNELS = 4  # x, y, z and confidence
@@ -89,6 +89,15 @@ class LinearHead(nn.Module):
         return raw.reshape(-1, h * p, w * p, _CHANNELS)
 
 
+def _stack(config: Config, stack: str) -> nn.ModuleList:
+    """The layers of one stack, each with as many heads and channels as the config says."""
+    side = stack[:3]
+    dim, head_dim = getattr(config, f"{side}_embed_dim"), config.head_width(side)
+    block = EncoderBlock if side == "enc" else DecoderBlock
+    counts = ([config.count(stack, part, i) for part in PARTS[stack]] for i in range(config.depth(stack)))
+    return nn.ModuleList(block(dim, head_dim, *widths) for widths in counts)
+
+
 def _make_head(config: Config) -> nn.Module:
     if config.head_type == "linear":
         return LinearHead(config.dec_embed_dim, config.patch_size)
@@ -121,14 +130,12 @@ class DUSt3R(nn.Module):
         # Part of every checkpoint, left over from masked pre-training; the two-view model never reads it.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.dec_embed_dim), requires_grad=False)
         self.patch_embed = PatchEmbed(c.patch_size, c.enc_embed_dim)
-        enc = (c.enc_embed_dim, c.enc_num_heads, c.head_width("enc"), c.mlp_hidden("enc"))
-        dec = (c.dec_embed_dim, c.dec_num_heads, c.head_width("dec"), c.mlp_hidden("dec"))
-        self.enc_blocks = nn.ModuleList(EncoderBlock(*enc) for _ in range(c.enc_depth))
+        self.enc_blocks = _stack(c, "enc_blocks")
         self.enc_norm = nn.LayerNorm(c.enc_embed_dim, eps=LAYER_NORM_EPS)
         self.decoder_embed = nn.Linear(c.enc_embed_dim, c.dec_embed_dim)
-        self.dec_blocks = nn.ModuleList(DecoderBlock(*dec) for _ in range(c.dec_depth))
+        self.dec_blocks = _stack(c, "dec_blocks")
         self.dec_norm = nn.LayerNorm(c.dec_embed_dim, eps=LAYER_NORM_EPS)
-        self.dec_blocks2 = nn.ModuleList(DecoderBlock(*dec) for _ in range(c.dec_depth))
+        self.dec_blocks2 = _stack(c, "dec_blocks2")
         self.downstream_head1 = _make_head(c)
         self.downstream_head2 = _make_head(c)
         self.enc_pos_embed: Tensor | None = None

@@ -181,7 +181,7 @@ def test_repeatable_and_teacher_untouched():
 def test_batches_do_not_change_the_result(monkeypatch):
     teacher = build(**TINY)
     whole = student_of(teacher, images=pairs(10, 1))
-    monkeypatch.setattr(inherit, "_BATCH_TOKENS", 2 * 16 * 3)
+    monkeypatch.setattr(inherit, "BATCH_TOKENS", 2 * 16 * 3)
     parts = student_of(teacher, images=pairs(10, 1))
     assert output_error(whole, parts, pairs(4, 2)) < 1e-3
 
