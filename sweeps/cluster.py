@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import sys
 import warnings
@@ -61,7 +62,13 @@ def connect(address: str | None) -> Iterator[Cluster]:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         _check_token()
         _check_port(address)
+    else:
+        # Whoever may start a task runs code as this user. In the environment nobody else can read the token.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config
 
     for name in ("ray", "ray.tune", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -69,12 +76,17 @@ def connect(address: str | None) -> Iterator[Cluster]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         options |= {"address": "local", "num_cpus": cores(), "include_dashboard": False}
+        options |= {"_node_ip_address": "127.0.0.1"}
     else:
         root = Path(__file__).resolve().parent.parent
         options |= {
             "address": address,
             "runtime_env": {"py_modules": [str(root / package) for package in PACKAGES]},
         }
+    # Without this Ray takes the machine's outside address in place of the one above, and listens on every interface.
+    ray_constants.ENABLE_RAY_CLUSTER = address is not None
+    Config.initialize("")  # the script may have imported Ray, which read the environment as it was then
+    AuthenticationTokenLoader.instance().reset_cache()
     try:
         with _muted() if address else contextlib.nullcontext():
             ray.init(**options)
@@ -87,6 +99,8 @@ def connect(address: str | None) -> Iterator[Cluster]:
         yield Cluster(slots=max(1, slots), gpus=gpus)
     finally:
         ray.shutdown()
+        if address is None:
+            del os.environ["RAY_AUTH_TOKEN"]
 
 
 def cores() -> int:

@@ -29,6 +29,7 @@ from sweeps.tracking import CURSOR, EXPERIMENT, sqlite_path
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+_ROOT = "_MLFLOW_SERVER_ARTIFACT_ROOT"
 _PAUSE_S, _BACKOFF_S = 1.0, (0.5, 1.0, 2.0, 5.0, 10.0)
 _POINTS, _PAIRS = 800, 100  # per call: MLflow takes 1000 entities, of them 100 params and 100 tags
 # Errors that asking again does not cure; everything else is an outage.
@@ -139,13 +140,14 @@ class Mirror:
         from mlflow.tracking import MlflowClient
 
         path = sqlite_path(self.uri)
+        # For a file MLflow would put artifacts below whatever the working directory is.
+        artifacts = (path.parent / "mlartifacts").as_uri() if path else None
         # Two sweeps that start on one fresh file would run MLflow's table migrations against each other.
         with _locked(path.with_name(path.name + ".lock")) if path else contextlib.nullcontext():
-            client = MlflowClient(self.uri)
+            with _artifact_root(artifacts):
+                client = MlflowClient(self.uri)
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:
-                # For a file MLflow would put artifacts below whatever the working directory is.
-                artifacts = (path.parent / "mlartifacts").as_uri() if path else None
                 try:
                     client.create_experiment(EXPERIMENT, artifacts)
                 except MlflowException as error:
@@ -243,6 +245,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+@contextlib.contextmanager
+def _artifact_root(uri: str | None) -> Iterator[None]:
+    """Where a new database's own experiment, Default, has its artifacts; MLflow takes it from the environment."""
+    if uri is not None:
+        os.environ[_ROOT] = uri
+    try:
+        yield
+    finally:
+        os.environ.pop(_ROOT, None)  # in the environment it also marks this process as a server
 
 
 @contextlib.contextmanager

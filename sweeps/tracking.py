@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import json
 import os
 import socket
@@ -69,6 +70,12 @@ def check_reachable(uri: str, timeout_s: float = 5.0) -> None:
     if path:
         _check_file(path)
     elif kind in ("http", "https"):
+        try:
+            whole = bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            whole = False
+        if not whole:
+            raise InputError(f"tracking address {uri!r}: expected http://HOST:PORT")
         _check_server(uri, timeout_s)
     elif kind in _PORTS:
         try:
@@ -114,13 +121,17 @@ def _check_server(uri: str, timeout_s: float) -> None:
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             ) from None
         known = b"RESOURCE_DOES_NOT_EXIST" in error.read(10_000)
-    except (OSError, ValueError) as error:
+    except (ValueError, TypeError, http.client.HTTPException):
+        known = False  # no JSON, no HTTP
+    except OSError as error:
         reason = getattr(error, "reason", error)
         raise InputError(
             f"{uri}: no MLflow server answers ({reason}); start one, or leave out --tracking-uri"
         ) from None
     if not known:
-        raise InputError(f"{uri}: something answers, but it is no MLflow server; expected {_KINDS}")
+        raise InputError(
+            f"{uri}: something answers, but it is no MLflow server; give its address, or leave out --tracking-uri"
+        )
 
 
 class Tracker:

@@ -1,5 +1,6 @@
 """--address against a real `ray start --head` with a token, and every way in which it cannot work."""
 
+import ipaddress
 import os
 import shutil
 import socket
@@ -28,6 +29,12 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+def address_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address; one of version 4 in the clothes of version 6 as what it is."""
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def drive(storage: Path, address: str, env: dict[str, str]) -> tuple[int, str, str]:
@@ -97,6 +104,50 @@ def test_address_auto_runs_a_whole_sweep_on_a_cluster_with_a_token(
     state = SweepState.replay(tmp_path / "toy_small_seed42" / "journal.jsonl")
     assert [(t.record or {}).get("verdict") for t in state.trials.values()] == ["n/a", "pass", "fail"]
     assert "T_good_run1" in out
+
+
+def test_a_sweep_on_this_machine_alone_disturbs_no_cluster_and_is_not_disturbed(
+    head: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """All ports of a local Ray are free ones that it finds: a running head, whatever its ports, is no obstacle."""
+    _, env = head
+    done = subprocess.run(
+        [sys.executable, str(TOY), "--storage", str(tmp_path)], capture_output=True, text=True, timeout=240, env=env
+    )
+    assert done.returncode == 0 and "T_good_run1" in done.stdout, done.stderr
+
+
+def test_a_local_sweep_listens_on_the_loopback_alone_and_asks_for_its_token(tmp_path: Path) -> None:
+    env = {**os.environ, "TOY_SLEEP": "1", "TOY_EPOCHS": "60"} | {"RAY_AUTH_MODE": "disabled"}
+    env.pop("RAY_AUTH_TOKEN", None)
+    command = [sys.executable, str(TOY), "--storage", str(tmp_path)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    try:
+        journal = tmp_path / "toy_small_seed42" / "journal.jsonl"
+        end = time.monotonic() + 120
+        while not (journal.is_file() and '"result"' in journal.read_text()):
+            assert time.monotonic() < end and driver.poll() is None
+            time.sleep(0.3)
+        family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+        assert any("gcs_server" in process.name() for process in family)
+        ports = {}
+        for process in family:
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    assert address_of(connection.laddr.ip).is_loopback, (process.cmdline(), connection.laddr)
+                    ports[process.name()] = connection.laddr.port
+        assert len(ports) >= 3
+        join = f"from ray._raylet import GcsClient; print(GcsClient('127.0.0.1:{ports['gcs_server']}').cluster_id)"
+        command = [sys.executable, "-c", join]
+        stranger = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        assert stranger.stdout
+        said = stranger.stdout.readline()  # the client asks on and on, and says each time why it may not
+        stranger.kill()
+        stranger.wait()
+        assert "InvalidAuthToken" in said, said
+    finally:
+        driver.terminate()
+        driver.wait(60)
 
 
 def test_a_driver_without_the_right_token_is_told_what_to_do(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:

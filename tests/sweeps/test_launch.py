@@ -15,7 +15,7 @@ import pytest
 
 from sweeps.journal import SweepState, read_events
 from sweeps.launch import comparing, masked
-from trainables.record import read_csv
+from trainables.record import FIELDS, read_csv
 
 TOY = Path(__file__).with_name("toy_sweep.py")
 NAME = "toy_small_seed42"
@@ -24,7 +24,10 @@ NAME = "toy_small_seed42"
 def start(storage: Path, *flags: str, **env: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(TOY), "--storage", str(storage), *flags]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **env})
+    # A working directory of its own, so that a test can see what lands there.
+    here = Path(storage.parent) / f"{storage.name}-cwd"
+    here.mkdir(exist_ok=True)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **env}, cwd=here)
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, str, str]:
@@ -130,6 +133,17 @@ def test_mlflow_holds_every_run_once_and_none_is_left_running(faulty: tuple[Path
     assert mlflow_steps(storage, "T_good_run1") == [1, 2, 3, 4]
 
 
+def test_all_that_a_sweep_writes_lies_in_its_storage(faulty: tuple[Path, str]) -> None:
+    storage, _ = faulty
+    assert not list(storage.with_name(f"{storage.name}-cwd").iterdir())
+    with sqlite3.connect(storage / "mlflow.db") as store:
+        rows = store.execute("select name, artifact_location from experiments").fetchall()
+    root = (storage / "mlartifacts").as_uri()
+    assert {name for name, _ in rows} == {"Default", "slimsweep"}
+    assert all(place.startswith(root) for _, place in rows), rows
+    assert list((storage / "mlartifacts").rglob("pareto.html"))
+
+
 def test_search_asks_beyond_the_plan(faulty: tuple[Path, str]) -> None:
     storage, _ = faulty
     events = list(read_events(storage / f"{NAME}_optuna" / "journal.jsonl"))
@@ -190,6 +204,28 @@ def test_resume_tries_again_what_failed(tmp_path: Path) -> None:
     assert after["T-3"]["t_pair_p50_ms"] == 1.0 and "unmeasured" not in after["T-3"] and not after["T-3"]["notes"]
     assert after["T-1"] == before["T-1"], "what was finished was measured again"
     assert mlflow_runs(tmp_path)["T_sick_run1"] == "FINISHED"
+
+
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    maps = Path(f"/proc/{process.pid}/maps")
+    end = time.monotonic() + 60
+    while "/ray/" not in maps.read_text():  # Ray's library is among the last that are loaded
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert (code, out, err) == (130, "", "Interrupted.\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_whole_baseline_passes(tmp_path: Path) -> None:
+    code, out, err = finish(start(tmp_path, TOY_TRIALS="baseline", TOY_WHOLE="1"))
+    assert code == 0 and not err, err
+    record = json.loads((tmp_path / NAME / "files" / "teacher.json").read_text())
+    assert list(record)[:25] == list(FIELDS)
+    assert record["verdict"] == "pass" and record["verdict_detail"].endswith("are all measured")
+    assert not list((tmp_path / NAME / "files").glob("*.pth"))
 
 
 @pytest.mark.parametrize("trials", ["hopeless", "baseline"])

@@ -1,15 +1,18 @@
 """The mirror against real stores: a sqlite file, and an `mlflow server` that is killed and started again."""
 
+import contextlib
 import json
 import math
 import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -219,22 +222,35 @@ def test_a_server_outage_loses_nothing_even_with_the_mirror_killed_in_it(server,
     assert json.loads(runs["a"].data.tags["record"]) == wanted
 
 
-def not_mlflow():
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-    from threading import Thread
+@contextlib.contextmanager
+def speaks(answer):
+    """The port of a server that gives everyone the same answer, whatever was asked, and hangs up."""
 
-    class Hello(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"{}")
+    class Answer(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(4096)
+            self.request.sendall(answer)
 
-        def log_message(self, *_):
-            pass
+    with socketserver.TCPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
 
-    server = HTTPServer(("127.0.0.1", 0), Hello)
-    Thread(target=server.serve_forever, daemon=True).start()
-    return server
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.0 200 OK\r\n\r\n{}",
+        b"HTTP/1.0 200 OK\r\n\r\n<html>Hello</html>",
+        b"HTTP/1.0 200 OK\r\n\r\n7",
+        b"HTTP/1.0 404 Not Found\r\n\r\nwhat?",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+    ],
+)
+def test_a_port_in_other_use_is_not_taken_for_mlflow(answer):
+    with speaks(answer) as port, pytest.raises(InputError, match="something answers, but it is no MLflow") as error:
+        check_reachable(f"http://127.0.0.1:{port}")
+    assert "\n" not in str(error.value) and f"127.0.0.1:{port}" in str(error.value)
 
 
 def test_unusable_addresses_end_in_one_line(tmp_path):
@@ -242,10 +258,10 @@ def test_unusable_addresses_end_in_one_line(tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
-        other = not_mlflow()
         for uri, words in {
             f"http://127.0.0.1:{port}": "no MLflow server answers",
-            f"http://127.0.0.1:{other.server_port}": "no MLflow server",
+            "http://127.0.0.1:port": "expected http://HOST:PORT",
+            "http:///x": "expected http://HOST:PORT",
             f"postgresql://me:secret@127.0.0.1:{port}/x": "no database answers",
             f"sqlite:///{tmp_path}/text.db": "not a sqlite database",
             f"sqlite:///{tmp_path}/text.db/x.db": "text.db",
@@ -256,6 +272,4 @@ def test_unusable_addresses_end_in_one_line(tmp_path):
             with pytest.raises(InputError, match=words) as error:
                 check_reachable(uri)
             assert "\n" not in str(error.value) and "secret" not in str(error.value)
-        other.shutdown()
-        other.server_close()
     assert (tmp_path / "text.db").read_text() == "certainly no database"
