@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from ray.tune import Trainable
 
 from sweeps.launch import main
@@ -85,6 +86,10 @@ def prepare(job: dict[str, Any]) -> None:
 def measure_quality(job: dict[str, Any]) -> dict[str, Any]:
     drop = 0.0 if job["weights"] is None else job["params"].get("floor", 0.0)
     quality = 0.1 * (1 + drop)
+    if job["weights"]:
+        jitter = np.random.default_rng([job["seed"], int(1000 * drop)]).normal(0, 1e-3, 50)
+        np.save(Path(job["state_dir"]) / "test_costs.npy", quality + jitter)
+        (Path(job["state_dir"]) / "deployed.onnx").write_text(f"graph of {job['exp_id']}")
     return {
         "quality": quality,
         "absrel": quality,
@@ -108,9 +113,18 @@ def measure_latency(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def compile_engine(job: dict[str, Any]) -> dict[str, Any]:
+    if os.environ.get("TOY_REFUSES"):
+        raise RuntimeError("no compiler here")
+    for suffix in ("", ".json"):
+        (Path(job["state_dir"]) / f"deployed.trt{suffix}").write_text(f"engine of {job['exp_id']}")
+    return {"trt": "compiled, not executed", "trt_int8_share": 1.0}
+
+
 MEASURES = SimpleNamespace(
-    identify=identify, prepare=prepare, measure_quality=measure_quality, measure_latency=measure_latency
-)
+    identify=identify, prepare=prepare, measure_quality=measure_quality, measure_latency=measure_latency,
+    compile_engine=compile_engine,
+)  # fmt: skip
 TRIALS = {
     "good": [
         Trial("T-1", combo="good", keyparams="", floor=0.0, sleep=SLEEP, saves="good.pth"),
@@ -129,7 +143,12 @@ TRIALS = {
     ],
     "hopeless": [Trial("T-1", combo="raises", keyparams="", fault="raise", at=1)],
     "baseline": [],
+    "arms": [
+        Trial("T-1", combo="kept", keyparams="", floor=0.0),
+        Trial("T-1", combo="out", keyparams="", floor=0.2, saves="out.onnx"),
+    ],
 }
+ARMS = os.environ.get("TOY_TRIALS") == "arms"
 
 SWEEP = Sweep(
     stage="T",
@@ -141,7 +160,9 @@ SWEEP = Sweep(
     trials=TRIALS[os.environ.get("TOY_TRIALS", "good")],
     space={"floor": uniform(0, 0.2)},
     search_task="T-search",
-    best="best.pth",
+    best=("best.pth", "best.onnx", "best.trt") if ARMS else "best.pth",
+    seeds=3 if ARMS else 1,
+    reference="kept" if ARMS else None,
     log="log.json",
     baseline="teacher.json" if os.environ.get("TOY_TRIALS") == "baseline" else None,
     name="toy",

@@ -105,7 +105,7 @@ def test_the_policy_chooses_the_same_layers_in_torch_and_onnx(tiny):
     # Two decoders and one shared encoder, whose layers run once for both views.
     assert {
         n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d) and "head" not in n
-    } == set(names)  # noqa: E501
+    } == set(names)
     assert len(int8) >= len(names) and not any("head" in name for name in names)
     out = fake_quant.module_names(deploy.choices_of(domain, model, QuantPolicy(keep=("softmax", "attention"))), model)
     assert "enc_blocks.0.norm1" in out and "downstream_head1.proj" in out
