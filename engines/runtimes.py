@@ -86,7 +86,8 @@ def check_device(device: str) -> str:
     return device
 
 
-def _check_threads(threads: int) -> int:
+def check_threads(threads: int) -> int:
+    """Return `threads`, or raise InputError below 1."""
     if threads < 1:
         raise InputError(f"threads={threads}: expected at least 1; give the number of CPU cores to use")
     return threads
@@ -118,7 +119,7 @@ class TorchRuntime:
 
     def __init__(self, model: torch.nn.Module, device: str, threads: int) -> None:
         self.device = check_device(device)
-        self.threads = _check_threads(threads)
+        self.threads = check_threads(threads)
         self._model = model.to(self.device)
         self._mode = contextlib.ExitStack()
         self._mode.enter_context(eval_mode(self._model))
@@ -150,7 +151,7 @@ class OnnxRuntime:
 
     def __init__(self, path: str | Path, device: str, threads: int) -> None:
         self.device = device
-        self.threads = _check_threads(threads)
+        self.threads = check_threads(threads)
         provider, settings = self._provider(device)
         if not Path(path).is_file():
             raise InputError(f"{path}: no such ONNX file; export the model there first")
