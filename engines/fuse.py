@@ -102,7 +102,7 @@ def _swaps(
     fixed: Mapping[str, onnx.TensorProto],
     source: Mapping[str, onnx.NodeProto],
 ) -> bool:
-    """Whether `node` is Concat(x[..., 1:, :], x[..., :1, :]), these being of length 2 along `axis`, the last but one."""
+    """Whether `node` is Concat(x[..., 1:, :], x[..., :1, :]) along `axis`, the last but one."""
     if node is None or node.op_type != "Concat" or len(node.input) != 2:
         return False
     if helper.get_node_attr_value(node, "axis") not in (axis, -2):

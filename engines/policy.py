@@ -44,7 +44,8 @@ class QuantPolicy:
     8 bits. calibration, method: samples and rule behind the activations' ranges. mode (CPU engine only): static
     ranges, or dynamic ones found in every call. smooth: SmoothQuant's migration strength, 0 = off
     (Xiao et al., arXiv:2211.10438). reduce_range (CPU engine only): 7-bit weights, None = where the machine has
-    no VNNI, since its 8-bit products saturate.
+    no VNNI, since its 8-bit products saturate. skip_slower (CPU engine only): keep products that INT8 makes slower,
+    as measured on this machine.
 
     Raises InputError that lists all bad values.
     """
@@ -57,6 +58,7 @@ class QuantPolicy:
     mode: str = "static"
     smooth: float = 0.0
     reduce_range: bool | None = None
+    skip_slower: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, list):
@@ -82,6 +84,8 @@ class QuantPolicy:
             bad.append(f"smooth={self.smooth!r}: expected 0 (off) to 1")
         if self.reduce_range not in (True, False, None):
             bad.append(f"reduce_range={self.reduce_range!r}: expected true, false or null (by the machine)")
+        if not isinstance(self.skip_slower, bool):
+            bad.append(f"skip_slower={self.skip_slower!r}: expected true or false")
         return bad
 
     @classmethod

@@ -21,7 +21,7 @@ from engines.errors import InputError
 Array = npt.NDArray[Any]
 Arrays = tuple[Array, ...]
 
-_ORT_DTYPES = {
+NUMPY_DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
     "tensor(double)": np.float64,
@@ -170,7 +170,7 @@ class OnnxRuntime:
         if session.get_providers()[0] != provider:
             raise InputError(f"device={device!r} is not available: onnxruntime could not start {provider}; use 'cpu'")
         self._session: ort.InferenceSession | None = session
-        self._inputs = [(i.name, i.shape, _ORT_DTYPES.get(i.type)) for i in session.get_inputs()]
+        self._inputs = [(i.name, i.shape, NUMPY_DTYPES.get(i.type)) for i in session.get_inputs()]
         self._path = path
 
     @staticmethod
