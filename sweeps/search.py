@@ -6,7 +6,6 @@ sweep rebuilds the study.
 """
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from sweeps.spec import OneOf, Range, Trial, schedule_options
 from trainables.gates import Gate
 from trainables.schedules import Schedule
 
-EXCESS = "beyond the gates"  # by which a trial misses each, zero or less where it meets it
 OBJECTIVES = ("best validation drop", "t_pair_p50_ms")
 STARTUP = 10  # trials drawn at random before the sampler has something to go by
 
@@ -76,21 +74,14 @@ class Search:
                 self._tell(asked, trial, values)
 
     def _tell(self, asked: optuna.trial.Trial, trial: TrialState, values: list[float]) -> None:
-        if self._gates:
-            asked.set_user_attr(EXCESS, [self._over_budget(trial), *(_excess(gate, trial) for gate in self._gates)])
+        if self._gates and self._budget:
+            asked.set_constraint("best validation drop", self._budget.excess(trial.best_drop))
+        for gate in self._gates:
+            asked.set_constraint(gate.metric, _excess(gate, trial))
         self._study.tell(asked, values)
 
-    def _over_budget(self, trial: TrialState) -> float:
-        return self._budget.excess(trial.best_drop) if self._budget else 0.0
-
     def _sampler(self, count: int) -> optuna.samplers.BaseSampler:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(
-                seed=self._seed + count,
-                n_startup_trials=STARTUP,
-                constraints_func=(lambda trial: trial.user_attrs[EXCESS]) if self._gates else None,
-            )
+        return optuna.samplers.TPESampler(seed=self._seed + count, n_startup_trials=STARTUP)
 
     def _next(self) -> Planned:
         trial = self._study.ask()

@@ -5,7 +5,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engines.errors import InputError
-from sweeps.settings import DISTILL, PROFILES, WORKLOAD, Resolved, flat_params, parse_set, resolve
+from sweeps.settings import DISTILL, PROFILES, PRUNE, WORKLOAD, Resolved, flat_params, parse_set, resolve
 from sweeps.spec import SettingsFile
 from trainables import evaluate
 
@@ -42,7 +42,13 @@ def test_shipped_settings_are_valid_in_every_profile(profile: str) -> None:
     assert resolved.values["workload_seed"] == 42
 
 
-@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda shipped: shipped.name)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_pruning_settings_are_valid_in_every_profile(profile: str) -> None:
+    values = resolve((WORKLOAD, PRUNE), profile, {}).values
+    assert 0 < values["rho"] < 1 and values["steps"] == 1
+
+
+@pytest.mark.parametrize("shipped", (*SHIPPED, PRUNE), ids=lambda shipped: shipped.name)
 def test_shipped_files_explain_every_key_and_profiles_list_only_differences(shipped: SettingsFile) -> None:
     text = shipped.path.read_text()
     whole = yaml.safe_load(text)

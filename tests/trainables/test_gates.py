@@ -128,3 +128,9 @@ def test_what_was_not_measured_fails_and_the_reference_is_not_judged():
 def test_a_gate_has_exactly_one_limit(limits):
     with pytest.raises(InputError, match="gate drop"):
         Gate("drop", **limits)
+
+
+def test_excess_is_the_distance_beyond_the_limit():
+    assert Gate("drop", at_most=0.03).excess(0.05) == pytest.approx(0.02)
+    assert Gate("params_down", at_least=0.25).excess(0.29) == pytest.approx(-0.04)
+    assert Gate("params_down", at_least=0.25).excess(0.1) == pytest.approx(0.15)
