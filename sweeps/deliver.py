@@ -81,6 +81,16 @@ def write_files(sweep: Sweep, ledger: Ledger, resolved: Resolved) -> Choice:
     return choice
 
 
+def tidy(ledger: Ledger) -> None:
+    """Remove exported models that no record refers to, of trials that were trained anew, say, and cut-off exports."""
+    records = json.dumps([trial.record for trial in ledger.state.trials.values()])
+    for path in (ledger.folder / "work").glob("*.onnx*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.partition(".onnx")[0].rpartition("_")[2] not in records:
+            path.unlink()
+
+
 def write_workload(ledger: Ledger, resolved: Resolved) -> None:
     """workload.yaml: the protocol, its hash, and the pairs that follow from it, so that others can measure the same."""
     if WORKLOAD.name in resolved.models:

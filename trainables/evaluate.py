@@ -21,7 +21,7 @@ from torch import nn
 
 from engines import footprint
 from engines.export import export_onnx
-from engines.latency import environment, interleaved
+from engines.latency import environment, measure, summarise
 from engines.runtimes import OnnxRuntime, TorchRuntime
 from trainables.checkpoint import model_hash
 from trainables.domain import Domain, make_domain
@@ -86,6 +86,7 @@ def measure_latency(job: Job) -> dict[str, Any]:
 
     p50_ratio: the teacher's p50 in torch over the own deployed p50 (2 = half the time, the plan's "p50 down 50 %").
     p50_ratio_same_runtime: the same with the teacher in ONNX Runtime too, so that it shows the model alone.
+    Each with a paired bootstrap 95 % interval over rounds (_lo, _hi).
     """
     settings = job["settings"]
     device, threads = "cuda" if torch.cuda.is_available() else "cpu", settings["threads"]
@@ -113,11 +114,14 @@ def measure_latency(job: Job) -> dict[str, Any]:
             engines[f"{name} onnxruntime"] = OnnxRuntime(path, device, threads)
     arrays = [tuple(tensor.numpy() for tensor in sample) for sample in inputs]
     calls = {name: _next_sample(engine, arrays) for name, engine in engines.items()}
-    times = interleaved(calls, "teacher torch", settings["warmup"], settings["repeats"], settings["workload_seed"])
+    seed = settings["workload_seed"]
+    samples = measure(calls, settings["warmup"], settings["repeats"], seed)
     for engine in engines.values():
         engine.close()
     runtime = "onnxruntime" if onnx else "torch"
-    best, plain, same = times[f"{own} {runtime}"], times[f"{own} torch"], times[f"teacher {runtime}"]
+    times = summarise(samples, "teacher torch", seed)
+    best, plain = times[f"{own} {runtime}"], times[f"{own} torch"]
+    same = summarise(samples, f"teacher {runtime}", seed)[f"{own} {runtime}"]
     extra = {
         "p50_lo": best.p50_lo,
         "p50_hi": best.p50_hi,
@@ -127,7 +131,9 @@ def measure_latency(job: Job) -> dict[str, Any]:
         "p50_ratio": best.ratio,
         "p50_ratio_lo": best.ratio_lo,
         "p50_ratio_hi": best.ratio_hi,
-        "p50_ratio_same_runtime": same.p50_ms / best.p50_ms,
+        "p50_ratio_same_runtime": same.ratio,
+        "p50_ratio_same_runtime_lo": same.ratio_lo,
+        "p50_ratio_same_runtime_hi": same.ratio_hi,
         "export_error": errors[own],
         "threads": threads,
         **{key: value for key, value in state.items() if value is not None},

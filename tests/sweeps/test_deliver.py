@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sweeps.deliver import choose
+from sweeps.deliver import choose, tidy
 from sweeps.ledger import Ledger
 
 
@@ -38,3 +38,14 @@ def test_without_weights_there_is_no_choice(tmp_path: Path) -> None:
     ledger = a_sweep(tmp_path, a=([0.01], "pass"))
     (ledger.state_dir("a") / "best.pth").unlink()
     assert choose(ledger).trial is None
+
+
+def test_exports_that_no_record_refers_to_are_removed(tmp_path: Path) -> None:
+    ledger = a_sweep(tmp_path, a=([0.1], "pass"), b=([0.1], "pass"))
+    ledger.append("record", trial_id="a", record={"exp_id": "a", "weights": "aaaa"})
+    work = tmp_path / "s" / "work"
+    (work / ".own_bbbb.onnx.x7").mkdir(parents=True)
+    for name in ("own_aaaa.onnx", "own_aaaa.onnx.12.data", "own_bbbb.onnx", "own_bbbb.onnx.34.data", "note.txt"):
+        (work / name).write_text("x")
+    tidy(ledger)
+    assert {path.name for path in work.iterdir()} == {"own_aaaa.onnx", "own_aaaa.onnx.12.data", "note.txt"}
