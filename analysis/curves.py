@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes as MplAxes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -19,9 +21,20 @@ from analysis.scale import Scale, choose, limits
 from analysis.store import SweepData
 
 LABELS_AT_MOST, LABELS_IN_A_CROWD = 14, 7
+SAMPLE = 52  # pixels of a line beside its name
 # Shape tells the reasons apart, as colour cannot for 40 thin lines.
 REASON_MARKS: Mapping[str, str] = {"stop_loss": "x", "plateau": "s", "asha": "v", "diverged": "*"}
 OTHER_MARK = "P"
+# (how much white (> 0) or black (< 0) is mixed into the kind's colour, dashes, marker, line width) by which trials of
+# one kind differ: wide and light below narrow and dark, so that of equal curves each still shows.
+LOOKS: tuple[tuple[float, Any, str, float], ...] = (
+    (0.45, "-", "o", 3.4),
+    (0.0, (0, (5, 2)), "^", 2.2),
+    (-0.45, (0, (1, 1.6)), "D", 1.6),
+    (0.0, (0, (6, 1.5, 1, 1.5)), "<", 1.4),
+    (-0.45, "-", "h", 1.0),
+    (0.45, (0, (2, 1)), ">", 1.0),
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ def draw(data: SweepData, pareto: Pareto, path: Path) -> None:
     foot = textwrap.wrap("  ·  ".join(pareto.caption), 160)
     bottom = picture.bottom(len(foot))
     labels = _label_texts(curves)
-    right = 0.80 if labels else 0.98
+    right = 0.78 if labels else 0.98
     ax = figure.add_axes((0.085, bottom, right - 0.085, 0.825 - bottom))
     picture.frame(figure, ax, "Validation drop while training", pareto.sweep, pareto.headline, foot)
     if any(curve.last for curve in curves):
@@ -89,22 +102,13 @@ def _plot(figure: Figure, ax: MplAxes, curves: Sequence[Curve], pareto: Pareto, 
     ax.set_xticks(whole, [f"{tick:g}" for tick in whole])
     if pareto.gate and limit is not None:
         picture.gate_line(ax, axes, limit, pareto.gate.text, left=True)
-    faint = 1.0 if len(curves) <= 12 else 0.55
+    own = looks(curves)
     for curve in curves:
         look = style.plain(curve.kind)
         places = [scale.map(value) if math.isfinite(value) else math.nan for value in curve.drop]
-        stopped = curve.kind == "stopped"
-        ax.plot(
-            curve.epochs,
-            places,
-            color=look.colour,
-            linewidth=1.1 if stopped else 1.8,
-            alpha=faint * look.alpha,
-            linestyle=(0, (4, 1.5)) if curve.kind == "fail" else "-",
-            zorder=2 if stopped else 3,
-            marker="." if len(curves) <= 6 else None,
-            markersize=4,
-        )
+        width, layer = (1.1, 2) if curve.kind == "stopped" else (1.8, 3)
+        thin = {"color": look.colour, "alpha": 0.55 * look.alpha, "linewidth": width}
+        ax.plot(curve.epochs, places, zorder=layer, **own.get(curve.exp_id, thin))
         _end(ax, curve, scale)
     figure.legend(
         handles=_handles(curves),
@@ -119,6 +123,22 @@ def _plot(figure: Figure, ax: MplAxes, curves: Sequence[Curve], pareto: Pareto, 
     )
     if labels:
         _name(figure, ax, curves, scale, labels)
+
+
+def looks(curves: Sequence[Curve]) -> dict[str, dict[str, Any]]:
+    """How each trial's line differs from the others of its kind, as matplotlib's arguments; empty for a crowd."""
+    if len(curves) > LABELS_AT_MOST:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    seen: Counter[Kind] = Counter()
+    for curve in curves:
+        tint, dashes, marker, width = LOOKS[seen[curve.kind] % len(LOOKS)]
+        seen[curve.kind] += 1
+        to = 1.0 if tint > 0 else 0.0
+        colour = tuple(c + (to - c) * abs(tint) for c in to_rgb(style.plain(curve.kind).colour))
+        line = {"linestyle": dashes, "linewidth": width, "marker": marker, "markersize": 4.5}
+        found[curve.exp_id] = {"color": colour, **line}
+    return found
 
 
 def _end(ax: MplAxes, curve: Curve, scale: Scale) -> None:
@@ -143,11 +163,10 @@ def _end(ax: MplAxes, curve: Curve, scale: Scale) -> None:
 
 def _handles(curves: Sequence[Curve]) -> list[Line2D]:
     handles = []
-    for kind in ("pass", "fail", "unjudged", "stopped"):
+    for kind in ("pass", "fail", "unjudged", "stopped", "open"):
         if any(curve.kind == kind for curve in curves):
             look = style.plain(kind)
             handle = Line2D([], [], color=look.colour, linewidth=1.8, label=look.word)
-            handle.set_linestyle((0, (4, 1.5)) if kind == "fail" else "-")
             handles.append(handle)
     for reason, count in sorted(Counter(c.stop_reason for c in curves if c.stop_reason).items()):
         shape = REASON_MARKS.get(reason, OTHER_MARK)
@@ -183,12 +202,16 @@ def _name(figure: Figure, ax: MplAxes, curves: Sequence[Curve], scale: Scale, la
     area = ax.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
     points = ax.transData.transform([(float(epoch), scale.map(value)) for _, (epoch, value) in ends])
     centres = spread([float(y) for _, y in points], 13 * picture.DPI / 72, float(area.y0), float(area.y1))
-    inverse = ax.transData.inverted()
+    inverse, own = ax.transData.inverted(), looks(curves)
     for (curve, _), point, centre in zip(ends, points, centres, strict=True):
         edge = area.x1 + 12
         corners = [(float(point[0]), float(point[1])), (area.x1, centre), (edge, centre)]
         line = inverse.transform(corners)
         ax.plot(line[:, 0], line[:, 1], color="#b0b5ba", linewidth=0.6, zorder=1, clip_on=False)
+        if curve.exp_id in own:  # a piece of the very line before its name
+            piece = inverse.transform([(edge + 3 + step * SAMPLE / 2, centre) for step in range(3)])
+            ax.plot(piece[:, 0], piece[:, 1], **own[curve.exp_id], markevery=[1], clip_on=False)
+            edge += SAMPLE + 6
         x, y = inverse.transform((edge + 5, centre))
         ax.text(
             x,

@@ -18,8 +18,9 @@ import polars as pl
 from analysis.store import RUN_COLUMNS, SweepData, load
 from trainables.record import EXTRAS, FIELDS, InputError
 
-Kind = Literal["teacher", "pass", "fail", "stopped", "unjudged"]
+Kind = Literal["teacher", "pass", "fail", "stopped", "unjudged", "open"]
 Vertex = tuple[float, float]
+UNFINISHED = {"RUNNING": "still running", "KILLED": "interrupted"}  # MLflow's status of a trial without a record
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Point:
     """One trial in the plane.
 
     p50: ms per pair. drop: percent, positive = worse. kind: ``pass``, ``fail``, ``unjudged`` (no gate) were
-    trained to the end, or stopped when they already met the gate; ``stopped`` were stopped before they did.
+    trained to the end, or stopped when they already met the gate; ``stopped`` were stopped before they did;
+    ``open`` (not finished) has no place in the plane.
     """
 
     exp_id: str
@@ -150,7 +152,7 @@ def compute(data: SweepData) -> Pareto:
         gate=gate,
         left_out=tuple(left_out),
         metric=data.settings.get("primary", ""),
-        headline=headline(rows, gate),
+        headline=headline(rows, gate) + ("  ·  the sweep was interrupted" if data.interrupted else ""),
         caption=caption(rows, data.settings),
     )
 
@@ -234,7 +236,19 @@ def headline(rows: Sequence[Mapping[str, Any]], gate: Limit | None) -> str:
     passed = sum(row.get("verdict") == "pass" for row in trials)
     stopped = sum(is_stop(row.get("stop_reason")) for row in trials)
     what = f"{passed} of {len(trials)} trials meet the gate ({gate.text})" if gate else f"{len(trials)} trials"
-    return what + (f"  ·  {stopped} stopped early" if stopped else "")
+    unfinished = sum(is_open(row) for row in trials)
+    what += f"  ·  {stopped} stopped early" if stopped else ""
+    return what + (f"  ·  {unfinished} not finished" if unfinished else "")
+
+
+def load_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A warning where latency was measured with more runnable processes than cores, else an empty string."""
+    pairs = [(number(row.get("load_1m")), number(row.get("cores"))) for row in rows]
+    high = [(load, cores) for load, cores in pairs if load is not None and cores is not None and load > cores]
+    if not high:
+        return ""
+    load, cores = max(high)
+    return f"load {load:.1f} on {cores:g} cores when latency was measured: trust the ratios, not the times"
 
 
 def caption(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str]) -> tuple[str, ...]:
@@ -255,7 +269,8 @@ def caption(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str]) -> t
     for name, key in (("images", "image_size"), ("test pairs", "test_pairs")):
         if settings.get(key):
             parts.append(f"{name} {settings[key]}")
-    return tuple(parts)
+    warning = load_note(rows)
+    return (*parts, warning) if warning else tuple(parts)
 
 
 def frame(data: SweepData, pareto: Pareto) -> pl.DataFrame:
@@ -289,7 +304,14 @@ def kind_of(row: Mapping[str, Any]) -> Kind:
         return "pass"
     if is_stop(row.get("stop_reason")):
         return "stopped"
+    if is_open(row):
+        return "open"
     return "fail" if row.get("verdict") == "fail" else "unjudged"
+
+
+def is_open(row: Mapping[str, Any]) -> bool:
+    """Whether a trial has no record yet: it runs, or its sweep was interrupted."""
+    return row.get("verdict") is None and row.get("status") in UNFINISHED
 
 
 def is_stop(reason: Any) -> bool:
@@ -306,7 +328,9 @@ def _point(row: Mapping[str, Any]) -> Point | str:
     missing = [name for name, value in (("p50", p50), ("drop", drop)) if value is None]
     if p50 is None or drop is None:
         why = f"no {' and no '.join(missing)}"
-        state = f"stopped: {row['stop_reason']}" if is_stop(row.get("stop_reason")) else str(row["status"]).lower()
+        status = str(row["status"])
+        state = f"stopped: {row['stop_reason']}" if is_stop(row.get("stop_reason")) else status.lower()
+        state = UNFINISHED[status] if is_open(row) else state
         return f"{why}; {state}"
     reason = row.get("stop_reason")
     return Point(str(row["exp_id"]), kind_of(row), p50, drop, False, reason if is_stop(reason) else None, row)

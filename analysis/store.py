@@ -49,10 +49,11 @@ class Run:
 class SweepData:
     """One sweep as logged.
 
-    ``trials``: a row per trial, oldest first: run_id, trial_id, role ("trial" | "teacher"), status, then the
+    ``trials``: a row per trial, in the plan's order: run_id, trial_id, role ("trial" | "teacher"), status, then the
     25 record fields, the extras, and whatever the trials' own extras add; null where a trial has no value.
     ``curves``: long form (run_id, key, step = epoch, value), sorted, one value per (run_id, key, step).
-    ``settings``: the parent run's parameters, as strings. ``notes``: lines a reader of the result should see.
+    ``settings``: the parent run's parameters, as strings. ``interrupted``: whether the sweep ended before it was
+    complete. ``notes``: lines a reader of the result should see.
     """
 
     run_id: str
@@ -62,6 +63,7 @@ class SweepData:
     trials: pl.DataFrame
     curves: pl.DataFrame
     notes: tuple[str, ...] = field(default=())
+    interrupted: bool = False
 
 
 class Store(Protocol):
@@ -106,7 +108,9 @@ def load(tracking_uri: str, sweep: str, curve_keys: Sequence[str] = ("val_drop",
                 f"{len(found)} sweeps are named {sweep!r}: this is the newest (run {parent.run_id}); "
                 f"--sweep also takes a run id, e.g. {others}"
             )
-        children = sorted(store.children(parent.run_id), key=lambda run: (run.start_ms, run.name, run.run_id))
+        children = sorted(store.children(parent.run_id), key=_place)
+        if parent.status == "KILLED":
+            notes.append(_interrupted(parent))
         points = store.metrics(parent.run_id, curve_keys)
     return SweepData(
         parent.run_id,
@@ -116,7 +120,20 @@ def load(tracking_uri: str, sweep: str, curve_keys: Sequence[str] = ("val_drop",
         trial_frame(children),
         curve_frame(points),
         tuple(notes),
+        parent.status == "KILLED",
     )
+
+
+def _place(run: Run) -> tuple[int, int, str, str]:
+    """The trial's number in the plan; trials start and restart in any order."""
+    number = run.tags.get("number", "")
+    return int(number) if number.isdecimal() else 0, run.start_ms, run.name, run.run_id
+
+
+def _interrupted(parent: Run) -> str:
+    command = parent.tags.get("mlflow.source.name", "")
+    again = command if "--resume" in command.split() else f"{command} --resume"
+    return f"{parent.name} was interrupted before it was complete" + (f"; go on with: {again}" if command else "")
 
 
 def trial_frame(runs: Iterable[Run]) -> pl.DataFrame:

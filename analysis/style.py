@@ -31,6 +31,7 @@ FAIL_BEATEN = Mark("misses the gate, dominated", "#D55E00", "v", "triangle-down-
 UNJUDGED = Mark("measured", "#009E73", "D", "diamond", 7, True)
 UNJUDGED_BEATEN = Mark("measured, dominated", "#009E73", "D", "diamond-open", 6, False, 0.8)
 STOPPED = Mark("stopped early", "#8a8f94", "x", "x-thin-open", 6.5, True, 0.7)
+OPEN = Mark("not finished", "#56606a", "P", "cross", 7, True, 0.8)
 MARKS = (TEACHER, PASS, PASS_BEATEN, FAIL, FAIL_BEATEN, UNJUDGED, UNJUDGED_BEATEN, STOPPED)
 
 _OF: Mapping[Kind, tuple[Mark, Mark]] = {
@@ -39,6 +40,7 @@ _OF: Mapping[Kind, tuple[Mark, Mark]] = {
     "fail": (FAIL, FAIL_BEATEN),
     "unjudged": (UNJUDGED, UNJUDGED_BEATEN),
     "stopped": (STOPPED, STOPPED),
+    "open": (OPEN, OPEN),
 }
 
 
@@ -94,7 +96,7 @@ def labelled(pareto: Pareto) -> list[tuple[Point, str]]:
     """Points and their labels, the most important first: teacher, front, passing, failing, stopped (why)."""
     trials = [p for p in pareto.points if p.kind != "teacher"]
     names = dict(zip((id(p) for p in trials), short([p.exp_id for p in trials]), strict=True))
-    rank = {"teacher": 0, "pass": 2, "unjudged": 3, "fail": 4, "stopped": 5}
+    rank = {"teacher": 0, "pass": 2, "unjudged": 3, "fail": 4, "stopped": 5, "open": 6}
 
     def text(point: Point) -> str:
         name = "teacher" if point.kind == "teacher" else names[id(point)]
@@ -115,7 +117,7 @@ def kinds(points: Sequence[Point]) -> list[tuple[Mark, list[Point]]]:
 
 def axis_words(pareto: Pareto) -> tuple[str, str]:
     """Titles of the two axes, with units and the better direction."""
-    what = f"drop in {pareto.metric}" if pareto.metric else "drop"
+    what = f"test drop in {pareto.metric}" if pareto.metric else "test drop"
     return "◀ faster      p50 latency per pair (ms)", f"◀ better      {what} against the teacher (%)"
 
 
@@ -126,7 +128,11 @@ def footer(pareto: Pareto) -> list[str]:
         x, y = pareto.reference
         lines.append(
             f"hypervolume {pareto.hypervolume:.4g} ms·% against the reference ({x:.4g} ms, {y:.3g} %)"
-            + ("  ·  bars: intervals of the measurement" if any(_bars(p) for p in pareto.points) else "")
+            + (
+                "  ·  bars: 95 % bootstrap intervals (drop: over test pairs, p50: over rounds)"
+                if any(_bars(p) for p in pareto.points)
+                else ""
+            )
         )
     if pareto.left_out:
         shown = [f"{name} ({why})" for name, why in pareto.left_out[:3]]

@@ -10,11 +10,15 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from analysis.pareto import check_one_workload, is_stop, number
+from analysis.pareto import UNFINISHED, check_one_workload, is_open, is_stop, load_note, number
 from analysis.store import SweepData
 from trainables.record import InputError
 
-COLUMNS = ("exp_id", "T", "beta", "epochs", "drop [lo, hi] %", "p50 ms", "verdict", "stop reason")
+COLUMNS = ("exp_id", "T", "beta", "epochs", "test drop % [95 %]", "p50 ms", "verdict", "stop reason")
+FOOT = (
+    "Drop: of the best validated weights on the test pairs against the teacher, with a paired bootstrap 95 % interval. "
+    "Validation pairs alone chose the weights and the best student."
+)
 _STYLES = {"pass": "bold green", "fail": "red", "n/a": "dim"}
 
 
@@ -82,15 +86,23 @@ def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> 
     return "  ·  ".join(part for part in parts if part)
 
 
+def foot(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines below the table: which numbers are of the test and which of the validation, and what to beware of."""
+    warning = load_note(records)
+    return [FOOT, *([f"Beware: {warning}."] if warning else [])]
+
+
 def render(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], sweep: str = "") -> Table:
     """The table for a terminal; ``settings``: the sweep's settings, for the number of pairs."""
     table = Table(
         title=escape("  ·  ".join(part for part in (sweep, title(records, settings)) if part)),
         title_justify="left",
         title_style="bold",
+        caption=escape("\n".join(foot(records))),
+        caption_justify="left",
     )
     for name in COLUMNS:
-        right = name in ("T", "epochs", "drop [lo, hi] %", "p50 ms")
+        right = name in ("T", "epochs", "test drop % [95 %]", "p50 ms")
         table.add_column(escape(name), justify="right" if right else "left", no_wrap=name != "exp_id", overflow="fold")
     for row in rows(records):
         cells = [escape(cell) for cell in row.cells()]
@@ -104,7 +116,7 @@ def markdown(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) 
     lines = [title(records, settings), "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for row in rows(records):
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *foot(records)]) + "\n"
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
@@ -173,7 +185,7 @@ def _row(record: Mapping[str, Any]) -> Row:
         drop_hi=_percent(record.get("drop_hi")),
         p50_ms=number(record.get("t_pair_p50_ms")),
         verdict=str(record.get("verdict") or "–"),
-        stop_reason=str(record.get("stop_reason") or ""),
+        stop_reason=UNFINISHED[str(record["status"])] if is_open(record) else str(record.get("stop_reason") or ""),
         role=str(record.get("role") or "trial"),
     )
 

@@ -253,7 +253,9 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
 
 @dataclass
 class TrialState:
-    """What the journal says of one trial. `results`: (epoch from 1, metrics), epochs strictly increasing."""
+    """What the journal says of one trial. `number`: its place in the plan, from 0. `results`: (epoch from 1,
+    metrics), epochs strictly increasing.
+    """
 
     trial_id: str
     exp_id: str
@@ -261,6 +263,7 @@ class TrialState:
     role: str
     params: dict[str, Any]
     saves: str | None
+    number: int = 0
     results: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     stop: tuple[int, str, str] | None = None
     error: str | None = None
@@ -312,7 +315,7 @@ class SweepState:
             if event["trial_id"] in self.trials:
                 return False
             names = ("trial_id", "exp_id", "task_id", "role", "params", "saves")
-            self.trials[event["trial_id"]] = TrialState(*(event[name] for name in names))
+            self.trials[event["trial_id"]] = TrialState(*(event[name] for name in names), number=len(self.trials))
         elif kind == "file":
             entry = (event["path"], event["trial_id"])
             if entry not in self.files:  # a second event says that the file was written again

@@ -5,7 +5,7 @@ pictures. The journal is written at every step, so an interruption at any point 
 progress.
 """
 
-from sweeps.interrupts import INTERRUPTED, interruptible  # before what is slow to import
+from sweeps.interrupts import INTERRUPTED, from_now_on, interruptible  # before what is slow to import
 
 # isort: split
 import contextlib
@@ -113,6 +113,7 @@ def run(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
     """`main` with the exit code as its result."""
     command = shlex.join([program("python"), *sys.argv] if argv is None else [sweep.name, *argv])
     try:
+        from_now_on()
         order = take_order(sweep, argv, command)
         check_reachable(order.tracking_uri)
         if order.given.dry_run:
@@ -123,6 +124,9 @@ def run(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before there was a folder: from then on `_execute` says how to go on
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:

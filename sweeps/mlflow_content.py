@@ -50,7 +50,7 @@ def tags(state: SweepState, trial: TrialState | None, parent_run: str) -> dict[s
     if trial is None:
         shown |= {"role": "sweep"}
     else:
-        names = ("trial_id", "exp_id", "task_id", "role")
+        names = ("trial_id", "exp_id", "task_id", "role", "number")
         shown |= {key: getattr(trial, key) for key in names} | {"mlflow.parentRunId": parent_run}
         shown["stop_reason"] = trial.stop[1] if trial.stop else None
         shown["error"] = trial.error

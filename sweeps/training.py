@@ -99,6 +99,8 @@ def train(
     # A few trials more than slots would leave cores idle in the last wave: let them share the cores instead.
     crowded = not cluster.gpus and cluster.slots < len(waiting) < 2 * cluster.slots
     share = cluster.slots / len(waiting) if crowded else 1
+    for left in ledger.folder.glob(".ray-*"):  # of a driver that was killed
+        shutil.rmtree(left, ignore_errors=True)
     scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)
     try:
         tune.Tuner(

@@ -168,6 +168,25 @@ def forty(seed: int = 1) -> Trials:
     return [*trials, (broken, [0.5, 0.7, math.nan])]
 
 
+def interrupted(uri: str, name: str, trials: Trials) -> None:
+    """A sweep that was killed: its last trial never came to a record. The runs started in another order than the
+    plan's."""
+    client = MlflowClient(tracking_uri=uri)
+    parent = log_sweep(uri, name, trials[:0:-1])
+    experiment = client.get_run(parent).info.experiment_id
+    last, drops = trials[0]
+    tags = {PARENT_TAG: parent, "role": "trial", "exp_id": last.exp_id, "number": str(len(trials))}
+    run = client.create_run(experiment, run_name=last.exp_id, tags=tags).info.run_id
+    client.log_batch(run, metrics=[Metric("val_drop", d, 0, e) for e, d in enumerate(drops, 1)])
+    children = client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{parent}'")
+    place = {rec.exp_id: i for i, (rec, _) in enumerate(trials)}
+    for child in children:
+        client.set_tag(child.info.run_id, "number", str(place[child.info.run_name] or len(trials)))
+    client.set_tag(parent, "mlflow.source.name", "python sweeps/k_grid.py --profile demo")
+    for run_id in (run, parent):
+        client.set_terminated(run_id, "KILLED")
+
+
 def log_sweep(uri: str, name: str, trials: Trials, **parent_params: str) -> str:
     """Returns the parent's run id."""
     client = MlflowClient(tracking_uri=uri)

@@ -7,6 +7,7 @@ import pytest
 
 from analysis import curves
 from analysis.labels import Box, place, short, spread
+from analysis.pareto import Kind
 from analysis.scale import Scale, choose, unmap
 from analysis.store import load
 
@@ -50,6 +51,22 @@ def test_scales_are_monotonic_and_invertible(scale: Scale) -> None:
 def test_the_axis_is_linear_until_drops_go_far_past_the_gate() -> None:
     assert choose([0.5, 2.0], 1.0) == Scale() and choose([0.5, 60.0], 1.0) == Scale(1.0)
     assert choose([0.5, 60.0], None) == Scale() and choose([math.nan, math.inf], 1.0) == Scale()
+
+
+@pytest.mark.parametrize("kinds", [["pass"] * 6, ["pass", "fail"] * 4, ["stopped"] * 3])
+def test_every_trial_of_a_verdict_has_a_look_of_its_own(kinds: list[Kind]) -> None:
+    lines = [curves.Curve(f"K_{i}", kind, (1,), (0.5,), None) for i, kind in enumerate(kinds)]
+    looks = curves.looks(lines)
+    for kind in set(kinds):
+        mine = [looks[line.exp_id] for line in lines if line.kind == kind]
+        assert len({look["marker"] for look in mine}) == len({(look["linestyle"], look["color"]) for look in mine})
+        assert len({look["marker"] for look in mine}) == len(mine)
+        widths = [look["linewidth"] for look in mine]
+        assert widths == sorted(widths, reverse=True), "what is drawn later must leave what is below visible"
+
+
+def test_a_crowd_is_told_apart_by_verdict_alone() -> None:
+    assert curves.looks([curves.Curve(f"K_{i}", "pass", (1,), (0.5,), None) for i in range(40)]) == {}
 
 
 def test_curves_end_where_their_trial_did(uri: str) -> None:

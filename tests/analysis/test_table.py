@@ -5,10 +5,10 @@ import io
 from pathlib import Path
 
 import pytest
-from logged_sweep import record, teacher, three
+from logged_sweep import copy_store, interrupted, record, teacher, three
 from rich.console import Console
 
-from analysis import table
+from analysis import curves, pareto, table
 from analysis.__main__ import main
 from analysis.store import InputError, load
 from trainables.record import Record
@@ -59,7 +59,7 @@ def test_csv_keeps_full_precision() -> None:
 def test_markdown_is_a_table() -> None:
     lines = table.markdown(dicts([r for r, _ in three()]), SETTINGS).splitlines()
     assert "2048 test pairs" in lines[0]
-    assert len({line.count("|") for line in lines[2:]}) == 1 and len(lines) == 4 + 4
+    assert len({line.count("|") for line in lines[2:8]}) == 1 and lines[8:] == ["", table.FOOT]
 
 
 def test_different_workloads_are_refused() -> None:
@@ -85,6 +85,44 @@ def test_command_line(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     records = load(uri, "three").trials.to_dicts()
     assert Path(files[0]).read_text(encoding="utf-8") == table.csv_text(records)
     assert "| K_T5B05_run1 |" in Path(files[1]).read_text(encoding="utf-8")
+
+
+def test_it_is_clear_what_is_test_and_what_validation() -> None:
+    text = " ".join(shown([r for r, _ in three()]).split())
+    assert "test drop % [95 %]" in text and "on the test pairs" in text
+    assert "Validation pairs alone chose the weights and the best student" in text
+
+
+@pytest.mark.parametrize(("load", "warned"), [(1.9, False), (2.1, True)])
+def test_a_load_above_the_cores_is_told(load: float, warned: bool) -> None:
+    records = [record("K_a_run1", extra={"load_1m": load, "cores": 2}), record("K_b_run1")]
+    assert ("load 2.1 on 2 cores" in shown(records)) == warned
+    assert ("load 2.1 on 2 cores" in table.markdown(dicts(records), SETTINGS)) == warned
+
+
+def test_an_interrupted_sweep_is_said_to_be_one_in_the_plans_order(
+    empty_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = copy_store(empty_uri, tmp_path)
+    open_, passed, missed, _ = [record("K_open_run1"), *(r for r, _ in three()[1:])]
+    interrupted(uri, "cut", [(open_, [0.5, 0.3]), (teacher(), []), (passed, [0.1]), (missed, [0.2])])
+    assert main(["table", "--tracking-uri", uri, "--sweep", "cut"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "cut was interrupted before it was complete; go on with: python sweeps/k_grid.py --profile demo --resume"
+        in (" ".join(out.split()))
+    )
+    (line,) = [line for line in out.splitlines() if "K_open_run1" in line]
+    assert "interrupted" in line
+    lines = [line for line in out.splitlines() if "_run1" in line and "│" in line]
+    order = ["K_teacher_run1", "K_T3B05_run1", "K_T5B05_run1", "K_open_run1"]
+    assert [next(name for name in order if name in line) for line in lines] == order
+    data = load(uri, "cut")
+    computed = pareto.compute(data)
+    assert "1 not finished" in computed.headline and computed.headline.endswith("the sweep was interrupted")
+    assert computed.left_out == (("K_open_run1", "no p50 and no drop; interrupted"),)
+    assert {c.exp_id: c.kind for c in curves.compute(data)}["K_open_run1"] == "open"
+    pareto.write(data, computed, tmp_path / "pictures")
 
 
 def test_command_line_with_an_unwritable_file(uri: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,33 +175,11 @@ def test_weights_past_two_gigabytes(tmp_path: Path) -> None:
     assert data[0].stat().st_size > 2**31 and path.stat().st_size < 1e6
 
 
-def test_dust3r_agrees(tmp_path: Path) -> None:
-    model = pytest.importorskip("trainables.dust3r.model")
-    torch.manual_seed(0)
-
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = model.from_reference_config(
-                head_type="linear",
-                img_size=(64, 64),
-                patch_size=8,
-                enc_embed_dim=128,
-                enc_depth=6,
-                enc_num_heads=4,
-                dec_embed_dim=96,
-                dec_depth=4,
-                dec_num_heads=4,
-            )
-
-        def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(self.net.pointmaps(a, b))
-
-    pair = Pair()
+def test_dust3r_agrees(dust3r_pair: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "pair.onnx"
     images = tuple(torch.rand(1, 3, 64, 64) * 2 - 1 for _ in range(2))
     names = ["pts1", "conf1", "pts2", "conf2"]
-    assert export_onnx(pair, images, path, ["img1", "img2"], names) < 1e-5
+    assert export_onnx(dust3r_pair, images, path, ["img1", "img2"], names) < 1e-5
     other = tuple(torch.rand(1, 3, 64, 64) * 2 - 1 for _ in range(2))
-    assert max_error(pair, path, other) < 1e-5
+    assert max_error(dust3r_pair, path, other) < 1e-5
     assert any("enc_blocks.0/attn" in node.name for node in onnx.load(str(path)).graph.node)

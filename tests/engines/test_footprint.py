@@ -143,27 +143,7 @@ def test_published_size_of_dust3r() -> None:
     assert params_M(net) == pytest.approx(571.17, abs=0.01)
 
 
-def test_flops_of_dust3r_by_hand() -> None:
-    model = pytest.importorskip("trainables.dust3r.model")
-
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = model.from_reference_config(
-                head_type="linear",
-                img_size=(64, 64),
-                patch_size=8,
-                enc_embed_dim=128,
-                enc_depth=6,
-                enc_num_heads=4,
-                dec_embed_dim=96,
-                dec_depth=4,
-                dec_num_heads=4,
-            )
-
-        def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(self.net.pointmaps(a, b))
-
+def test_flops_of_dust3r_by_hand(dust3r_pair: nn.Module) -> None:
     n, enc, dec = 64, 128, 96  # tokens per view, widths
     patches = n * 3 * 8 * 8 * enc
     encoder = 6 * (n * enc * enc * (3 + 1 + 8) + 2 * n * n * enc)
@@ -172,4 +152,4 @@ def test_flops_of_dust3r_by_hand() -> None:
     head = n * dec * 4 * 8 * 8
     macs = 2 * (patches + encoder + n * enc * dec + decoder + head)
     image = torch.zeros(1, 3, 64, 64)
-    assert flops_G(Pair(), (image, image)) * 1e9 == pytest.approx(2 * macs)
+    assert flops_G(dust3r_pair, (image, image)) * 1e9 == pytest.approx(2 * macs)

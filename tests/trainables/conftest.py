@@ -23,7 +23,15 @@ TINY = {
 }
 SETTINGS = {
     **{"image_size": "32x32", "val_pairs": 12, "test_pairs": 20, "workload_seed": 42, "sampled_pairs": 20},
-    **{"neighbours": 4, "views_per_scene": 8, "primary": "absrel", "warmup": 1, "repeats": 5, "threads": 1},
+    **{
+        "neighbours": 4,
+        "views_per_scene": 8,
+        "primary": "absrel",
+        "warmup": 1,
+        "repeats": 5,
+        "threads": 1,
+        "peers": False,
+    },
     **{"epochs": 3, "pairs_per_epoch": 24, "train_pairs": 40, "batch_size": 8, "lr": 2e-3, "lr_end": 0.01},
     **{"optimizer": "muon", "lr_warmup": 0.1, "weight_decay": 0.01, "alpha": 1.0, "T": 3.0, "beta": 0.5, "gamma": 0.0},
     **{"depth": 0.7, "heads": 0.7, "ffn": 0.7, "init": "inherit"},
@@ -106,9 +114,11 @@ def tiny(teacher_file, tmp_path):
 
     def job(weights=None, trains=True, **changes):
         (tmp_path / "work").mkdir(exist_ok=True)
+        (tmp_path / "trials" / "job").mkdir(parents=True, exist_ok=True)
         return {
             **{"domain": "dust3r", "settings": settings(**changes), "params": {}, "seed": 7},
             "trials": [{}] if trains else [],
+            **{"state_dir": str(tmp_path / "trials" / "job"), "workload_hash": "w"},
             **{"work_dir": str(tmp_path / "work"), "cache_dir": str(tmp_path / "cache")},
             "weights": str(weights) if weights else None,
         }

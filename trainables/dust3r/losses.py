@@ -6,6 +6,8 @@ invalid pixels hold (NaN included) reaches neither value nor gradient, and a vie
 contributes zero.
 """
 
+from typing import TypedDict, Unpack
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,14 @@ def _spread(pts1: Tensor, pts2: Tensor, valid1: Tensor, valid2: Tensor) -> Tenso
     return spread[:, None, None, None]
 
 
+class Comparison(TypedDict, total=False):
+    """How ``point_errors`` compares; its defaults hold for what is absent."""
+
+    mode: str
+    gt_scale: bool
+    invariance: str
+
+
 def point_errors(
     pts1: Tensor,
     pts2: Tensor,
@@ -127,20 +137,13 @@ def point_errors(
     return _clean(pred1 - goal1, valid1).norm(dim=-1), _clean(pred2 - goal2, valid2).norm(dim=-1)
 
 
-def regression_loss(
-    pts1: Tensor,
-    pts2: Tensor,
-    true1: Tensor,
-    true2: Tensor,
-    valid1: Tensor,
-    valid2: Tensor,
-    mode: str = "avg_dis",
-    gt_scale: bool = False,
-    invariance: str = "none",
-) -> Tensor:
+Views = tuple[Tensor, Tensor]
+
+
+def regression_loss(pts: Views, true: Views, valid: Views, **how: Unpack[Comparison]) -> Tensor:
     """Mean ``point_errors`` of view 1 plus that of view 2, a scalar (Regr3D and its shift/scale variants)."""
-    error1, error2 = point_errors(pts1, pts2, true1, true2, valid1, valid2, mode, gt_scale, invariance)
-    return _masked_mean(error1, valid1) + _masked_mean(error2, valid2)
+    errors = point_errors(*pts, *true, *valid, **how)
+    return _masked_mean(errors[0], valid[0]) + _masked_mean(errors[1], valid[1])
 
 
 def confidence_loss(

@@ -45,8 +45,8 @@ def golden():
 def test_regression_and_confidence_agree_with_reference(golden, mode):
     pred, conf, true, valid = (golden[k] for k in ("pred", "conf", "true", "valid"))
     ours = {
-        "Regr3D": regression_loss(*pred, *true, *valid, mode),
-        "Regr3D_gtscale": regression_loss(*pred, *true, *valid, mode, gt_scale=True),
+        "Regr3D": regression_loss(pred, true, valid, mode=mode),
+        "Regr3D_gtscale": regression_loss(pred, true, valid, mode=mode, gt_scale=True),
         "ConfLoss": confidence_loss(pred[0], conf[0], pred[1], conf[1], *true, *valid, mode),
     }
     for name, value in ours.items():
@@ -59,7 +59,7 @@ def test_regression_and_confidence_agree_with_reference(golden, mode):
 def test_invariant_variants_agree_with_reference(golden, name, gt_scale):
     pred, true, valid = (golden[k] for k in ("pred", "true", "valid"))
     reference = {"shift": "ShiftInv", "scale": "ScaleInv", "scale_shift": "ScaleShiftInv"}[name]
-    loss = regression_loss(*pred, *true, *valid, "avg_dis", gt_scale, name)
+    loss = regression_loss(pred, true, valid, gt_scale=gt_scale, invariance=name)
     assert loss.item() == pytest.approx(golden["values"][f"Regr3D_{reference}/gt_scale={gt_scale}"], rel=1e-5)
 
 
@@ -86,13 +86,13 @@ def test_invalid_pixels_and_empty_views_reach_neither_value_nor_gradient(mode, i
     pts, true, valid = _pair()
     valid[1][:] = False  # no valid pixel in view 2
     valid[0][1] = False  # nor in sample 1 at all
-    expected = regression_loss(*pts, *true, *valid, mode, invariance=invariance)
+    expected = regression_loss(pts, true, valid, mode=mode, invariance=invariance)
     for tensors in (pts, true):
         for tensor, mask in zip(tensors, valid, strict=True):
             tensor[~mask] = math.nan
     leaves = [p.clone().requires_grad_() for p in pts]
     conf = [torch.full_like(p[..., 0], math.nan).masked_fill(v, 2.0) for p, v in zip(pts, valid, strict=True)]
-    loss = regression_loss(*leaves, *true, *valid, mode, invariance=invariance)
+    loss = regression_loss(leaves, true, valid, mode=mode, invariance=invariance)
     weighted = confidence_loss(leaves[0], conf[0], leaves[1], conf[1], *true, *valid, mode)
     (loss + weighted).backward()
     assert loss.item() == pytest.approx(expected.item()) and math.isfinite(weighted.item())
@@ -105,20 +105,20 @@ def test_invariances_forgive_what_they_name_and_nothing_else():
     _, true, valid = _pair()
     scaled = [3 * t for t in true]
     shifted = [t + torch.tensor([0.0, 0.0, 0.7], dtype=t.dtype) for t in true]
-    assert regression_loss(*scaled, *true, *valid).item() == pytest.approx(0, abs=1e-12)
-    assert regression_loss(*scaled, *true, *valid, "avg_dis", True, "scale").item() == pytest.approx(0, abs=1e-9)
-    assert regression_loss(*scaled, *true, *valid, gt_scale=True).item() > 0.1
-    assert regression_loss(*shifted, *true, *valid, invariance="scale").item() > 0.1
-    moved = regression_loss(*shifted, *true, *valid, "avg_dis", True, "scale_shift")
+    assert regression_loss(scaled, true, valid).item() == pytest.approx(0, abs=1e-12)
+    assert regression_loss(scaled, true, valid, gt_scale=True, invariance="scale").item() == pytest.approx(0, abs=1e-9)
+    assert regression_loss(scaled, true, valid, gt_scale=True).item() > 0.1
+    assert regression_loss(shifted, true, valid, invariance="scale").item() > 0.1
+    moved = regression_loss(shifted, true, valid, gt_scale=True, invariance="scale_shift")
     assert moved.item() == pytest.approx(0, abs=1e-9)
 
 
 def test_unknown_modes_are_named():
     pts, true, valid = _pair()
     with pytest.raises(InputError, match="avg_dist"):
-        regression_loss(*pts, *true, *valid, mode="avg_dist")
+        regression_loss(pts, true, valid, mode="avg_dist")
     with pytest.raises(InputError, match="rotation"):
-        regression_loss(*pts, *true, *valid, invariance="rotation")
+        regression_loss(pts, true, valid, invariance="rotation")
 
 
 def _one_pixel(m_t, c_t, m_s, c_s, temperature):
