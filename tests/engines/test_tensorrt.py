@@ -20,7 +20,8 @@ from engines.calibrate import Ranges
 from engines.errors import InputError
 from engines.export import export_onnx
 from engines.policy import Choice, QuantPolicy, choices
-from engines.qdq import Float, quantized_tensors, write_qdq
+from engines.qdq import Float, write_qdq
+from engines.quantize import activations
 from engines.tensorrt_build import build_engine, compile_int8, inspect_engine, load_tensorrt
 from engines.tensorrt_layers import EngineLayer, check_precision, parse_layers, require_precision
 from engines.tensorrt_manifest import AHEAD_OF_TIME, NOT_EXECUTED, Device, check_manifest, manifest_path, sha256
@@ -39,7 +40,7 @@ dust3r = pytest.importorskip("trainables.dust3r.domain")
 def made_up_ranges(path: Path, policy: QuantPolicy) -> Ranges:
     """What is compiled does not depend on the values."""
     model = onnx.load(str(path), load_external_data=False)
-    return dict.fromkeys(quantized_tensors(model, choices(model, policy)), (-8.0, 8.0))
+    return dict.fromkeys(activations(model, choices(model, policy)), (-8.0, 8.0))
 
 
 def export(model: nn.Module, path: Path, size: int) -> Path:
