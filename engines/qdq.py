@@ -8,7 +8,6 @@ VNNI is another export.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +44,7 @@ def write_qdq(
         fp32_onnx: as `engines.export.export_onnx` writes it, opset 19 or later.
         path: where the twin goes; it appears whole or not at all.
         policy: what becomes int8. `smooth` and the calibration are about making `fp32_onnx` and `ranges`.
-        ranges: (lowest, highest) value of every activation that enters an int8 layer, by tensor name.
+        ranges: (lowest, highest) value of every tensor in `engines.quantize.activations`, by name.
         kept: precision of the layers on the keep-list; the rest is float16 in any case.
 
     Raises:
@@ -57,20 +56,6 @@ def write_qdq(
     twin = _Twin(source, folder, chosen, policy, ranges, kept)
     save(twin.build(), path)
     return chosen
-
-
-def quantized_tensors(model: onnx.ModelProto, chosen: Sequence[Choice]) -> list[str]:
-    """The activations that `write_qdq` rounds to int8 and needs the ranges of, in graph order."""
-    fixed = constants(model.graph)
-    int8 = {c.node: c for c in chosen if c.precision == "int8"}
-    names: list[str] = []
-    for node in model.graph.node:
-        if node.name in int8:
-            # The third operand of a product is its bias, which stays a float.
-            names += [name for name in node.input[:2] if name and name not in fixed]
-            if int8[node.name].kind in ("layernorm", "softmax"):
-                names.append(node.output[0])
-    return list(dict.fromkeys(names))
 
 
 def _read(path: str | Path) -> onnx.ModelProto:

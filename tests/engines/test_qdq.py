@@ -19,7 +19,8 @@ from engines.calibrate import Ranges, calibrate
 from engines.errors import InputError
 from engines.export import export_onnx
 from engines.policy import QuantPolicy, choices
-from engines.qdq import quantized_tensors, write_qdq
+from engines.qdq import write_qdq
+from engines.quantize import activations
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 
@@ -67,7 +68,7 @@ def run(path: Path, feed: Arrays) -> list[npt.NDArray[np.float32]]:
 def measure(path: Path, policy: QuantPolicy, feeds: Sequence[Arrays]) -> Ranges:
     """The range of every tensor that the policy rounds."""
     model = onnx.load(str(path), load_external_data=False)
-    names = quantized_tensors(model, choices(model, policy))
+    names = activations(model, choices(model, policy))
     return calibrate(path, [tuple(feed.values()) for feed in feeds], names, "minmax", len(feeds))
 
 
