@@ -85,6 +85,7 @@ def measure_quality(job: Job) -> dict[str, Any]:
         "drop": change.value,
         "drop_lo": change.lo,
         "drop_hi": change.hi,
+        "parent": None,
         **more,
         "extra": {"test_samples": len(own[primary]), "weights": model_hash(model), **size, **more.get("extra", {})},
     }
