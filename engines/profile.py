@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
@@ -56,7 +57,9 @@ def profile(path: str | Path, rounds: int = 20, threads: int = 1, seed: int = 0)
     suffix = "_kernel_time"
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith(suffix):
-            times[event["name"].removesuffix(suffix), event["args"]["op_name"]].append(event["dur"])
+            # A convolution in blocked layout is named after its output.
+            name = re.sub(r"(_output_\d+)?_nchwc$", "", event["name"].removesuffix(suffix))
+            times[name, event["args"]["op_name"]].append(event["dur"])
     return [NodeTime(node, op, float(np.median(us[_WARMUP:]))) for (node, op), us in times.items()]
 
 

@@ -59,8 +59,12 @@ def test_dust3r_positions_are_recognised(tmp_path: Path) -> None:
     net = model.from_reference_config(head_type="linear", img_size=(32, 32), dec_num_heads=2, **sizes)
 
     class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
         def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(net.pointmaps(a, b))
+            return tuple(self.net.pointmaps(a, b))
 
     images = tuple(torch.rand(1, 3, 32, 32) for _ in range(2))
     export_onnx(Pair(), images, tmp_path / "a.onnx", ["a", "b"], ["p1", "c1", "p2", "c2"])
