@@ -142,4 +142,4 @@ class Gate:
         return value - self.at_most if self.at_most is not None else (self.at_least or 0.0) - value
 
     def _say(self, value: float) -> str:
-        return f"{100 * value:.3g} %" if self.metric == "drop" else f"{value:.4g}"
+        return f"{100 * value:.3g} %" if self.metric in ("drop", "params_down") else f"{value:.4g}"

@@ -156,6 +156,7 @@ def embed(model: DUSt3R, pairs: Tensor) -> Tensor:
 
 
 def two_views(model: DUSt3R, x: Tensor) -> Streams:
+    """Decoder tokens (2n, N, dim) of both views -> one tensor (n, N, dim) per view, with their positions."""
     if model.dec_pos_embed is not None:
         x = x + model.dec_pos_embed
     return x.chunk(2)
@@ -191,6 +192,7 @@ def _fit_stack(
 
 
 def block_parts(block: nn.Module) -> tuple[str, ...]:
+    """The parts of a layer that add to its stream, in the order of its forward pass."""
     return ("attn", "cross_attn", "mlp") if isinstance(block, DecoderBlock) else ("attn", "mlp")
 
 
@@ -206,6 +208,7 @@ def _update(block: Any, part: str, x: Tensor, other: Tensor, at: Positions) -> T
 
 
 def advance(blocks: Sequence[nn.Module], part: str, x: Streams, entered: Streams, at: Positions) -> Streams:
+    """The streams x (one per view and block) after `part`; entered: those at the entrance of the layer."""
     return tuple(s + _update(b, part, s, entered[-1 - v], at) for v, (b, s) in enumerate(zip(blocks, x, strict=True)))
 
 
@@ -217,6 +220,7 @@ def _layer(blocks: Sequence[nn.Module], x: Streams, at: Positions) -> Streams:
 
 
 def output(block: Any, part: str) -> nn.Linear:
+    """The output projection of a part."""
     layer: nn.Linear = block.mlp.fc2 if part == "mlp" else getattr(block, part).proj
     return layer
 
@@ -303,5 +307,6 @@ def _solve(layer: nn.Linear, gram: Tensor, cross: Tensor, index: Tensor) -> None
 
 
 def refit(layer: nn.Linear, samples: Iterator[tuple[Tensor, Tensor]]) -> None:
+    """Fit `layer` to (features (..., in), goals (..., out)) by least squares, pulled towards its present weights."""
     gram, cross = _normal_equations(layer, samples)
     _solve(layer, gram, cross, torch.arange(len(gram) - 1, device=gram.device))
