@@ -74,7 +74,8 @@ def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> 
         return " / ".join(dict.fromkeys(str(record[key]) for record in records if record.get(key)))
 
     # What the trials were compared with, by content; a sweep in progress may know only the teacher's name yet.
-    teachers = list(dict.fromkeys(str(record["parent"]) for record in records if record.get("parent"))) or [
+    named = (record.get("reference") or record.get("parent") for record in records)
+    teachers = list(dict.fromkeys(str(name) for name in named if name)) or [
         str(record["exp_id"]) for record in records if record.get("role") == "teacher"
     ]
     parts = [
@@ -101,21 +102,33 @@ def render(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], sw
         caption=escape("\n".join(foot(records))),
         caption_justify="left",
     )
-    for name in COLUMNS:
+    shown = rows(records)
+    names = columns(shown)
+    for name in names:
         right = name in ("T", "epochs", "test drop % [95 %]", "p50 ms")
         table.add_column(escape(name), justify="right" if right else "left", no_wrap=name != "exp_id", overflow="fold")
-    for row in rows(records):
-        cells = [escape(cell) for cell in row.cells()]
-        cells[6] = f"[{_STYLES[row.verdict]}]{cells[6]}[/]" if row.verdict in _STYLES else cells[6]
-        table.add_row(*cells, style="dim" if row.role == "teacher" else None)
+    for row in shown:
+        cells = {name: escape(cell) for name, cell in zip(COLUMNS, row.cells(), strict=True)}
+        if row.verdict in _STYLES:
+            cells["verdict"] = f"[{_STYLES[row.verdict]}]{cells['verdict']}[/]"
+        table.add_row(*(cells[name] for name in names), style="dim" if row.role == "teacher" else None)
     return table
+
+
+def columns(shown: Sequence[Row]) -> list[str]:
+    """The table's columns: T and beta only where a trial has them."""
+    empty = {name for name in ("T", "beta") if all(getattr(row, name) is None for row in shown)}
+    return [name for name in COLUMNS if name not in empty]
 
 
 def markdown(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     """The same as GitHub Markdown, ending in a newline."""
-    lines = [title(records, settings), "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    for row in rows(records):
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |")
+    shown = rows(records)
+    names = columns(shown)
+    lines = [title(records, settings), "", "| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for row in shown:
+        cells = zip(COLUMNS, row.cells(), strict=True)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for name, cell in cells if name in names) + " |")
     return "\n".join([*lines, "", *foot(records)]) + "\n"
 
 

@@ -68,12 +68,14 @@ def measure_quality(job: Job) -> dict[str, Any]:
     domain = domain_of(job)
     teacher = teacher_metrics(Path(job["cache_dir"]), domain, "test", full=True)
     model, own = domain.teacher(), teacher
+    reference = f"teacher:{model_hash(model)}"
     more: dict[str, Any] = {}
     if job["weights"]:
         model = model_of(job, domain)
         deployed, more = _deployed(job, domain, model)
         own = domain.evaluate(deployed, "test", full=True)
-        more |= _lineage(job, domain, own)
+        more["parent"], ancestry = _lineage(job, domain, own, reference)
+        more["extra"] = {**more.get("extra", {}), **ancestry, "reference": reference}
         np.save(Path(job["state_dir"]) / "test_costs.npy", _costs(own, domain))
     primary = domain.primary
     change = _drop(job, domain, own, teacher)
@@ -103,19 +105,15 @@ def _deployed(job: Job, domain: Domain, model: nn.Module) -> tuple[nn.Module, di
     return deploy.Engine(path), {**said, "extra": counts}
 
 
-def _lineage(job: Job, domain: Domain, own: dict[str, Tensor]) -> dict[str, Any]:
+def _lineage(job: Job, domain: Domain, own: dict[str, Tensor], reference: str) -> tuple[str, dict[str, float]]:
     """Where a model comes from: the teacher, or the student that it is an INT8 form of, with the drop against that."""
     name = job["settings"].get("model", "teacher")
     if name == "teacher":
-        return {"parent": f"teacher:{model_hash(domain.teacher())}"}
+        return reference, {}
     source = domain.load(Path(name)).eval()
     change = _drop(job, domain, own, domain.evaluate(source, "test", full=True))
-    return {
-        "parent": f"student:{model_hash(source)}",
-        "drop_to_student": change.value,
-        "drop_to_student_lo": change.lo,
-        "drop_to_student_hi": change.hi,
-    }
+    found = {"drop_to_student": change.value, "drop_to_student_lo": change.lo, "drop_to_student_hi": change.hi}
+    return f"student:{model_hash(source)}", found
 
 
 def _drop(job: Job, domain: Domain, own: dict[str, Tensor], reference: dict[str, Tensor]) -> Drop:
