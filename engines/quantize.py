@@ -59,19 +59,30 @@ def post_training(fp32_path: str | Path, out_path: str | Path, policy: QuantPoli
     Raises InputError as `calibrate` and `quantize_cpu` do; `out_path` then stays as it was.
     """
     with tempfile.TemporaryDirectory() as folder:
-        model, smoothed = load(fp32_path), 0
-        chosen = choices(model, policy)
-        source = Path(fp32_path)
-        if policy.smooth:
-            maxima = channel_maxima(source, feeds, norms(model, chosen), policy.calibration)
-            smoothed = smooth(model, chosen, maxima, policy.smooth)
-            source = Path(folder) / "smooth.onnx"
-            save(model, source)
-        ranges: Ranges = {}
-        if policy.mode == "static":
-            ranges = calibrate(source, feeds, activations(model, chosen), policy.method, policy.calibration)
+        source, smoothed = smoothed_file(fp32_path, policy, feeds, Path(folder))
+        ranges = ranges_of(source, policy, feeds) if policy.mode == "static" else {}
         report = quantize_cpu(source, out_path, policy, ranges)
     return dataclasses.replace(report, smoothed=smoothed)
+
+
+def smoothed_file(
+    fp32_path: str | Path, policy: QuantPolicy, feeds: Sequence[Arrays], folder: Path
+) -> tuple[Path, int]:
+    """The FP32 file after SmoothQuant, in `folder`, and the LayerNorms that it changed; without smoothing the file."""
+    if not policy.smooth:
+        return Path(fp32_path), 0
+    model = load(fp32_path)
+    chosen = choices(model, policy)
+    maxima = channel_maxima(fp32_path, feeds, norms(model, chosen), policy.calibration)
+    smoothed, path = smooth(model, chosen, maxima, policy.smooth), folder / "smooth.onnx"
+    save(model, path)
+    return path, smoothed
+
+
+def ranges_of(fp32_path: str | Path, policy: QuantPolicy, feeds: Sequence[Arrays]) -> dict[str, tuple[float, float]]:
+    """The range of every activation that the policy rounds."""
+    model = load(fp32_path)
+    return calibrate(fp32_path, feeds, activations(model, choices(model, policy)), policy.method, policy.calibration)
 
 
 def activations(model: onnx.ModelProto, chosen: Iterable[Choice]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engines.export import export_onnx
 from engines.policy import Choice, QuantPolicy, choices
-from engines.quantize import Report, post_training
+from engines.quantize import Report, post_training, ranges_of, smoothed_file
 from engines.runtimes import Arrays, OnnxRuntime
 from trainables import checkpoint
 from trainables.domain import Domain, make_domain
@@ -85,9 +85,11 @@ def compile_int8(
     """
     from engines import tensorrt_build
 
+    samples = feeds(domain, policy.calibration)
     with _fp32(domain, model, path.parent) as fp32:
-        report = post_training(fp32, fp32.with_suffix(".int8.onnx"), policy, feeds(domain, policy.calibration))
-        return tensorrt_build.compile_int8(fp32, path, policy, report.ranges, workload_hash)
+        source, _ = smoothed_file(fp32, policy, samples, fp32.parent)
+        ranges = ranges_of(source, policy, samples)
+        return tensorrt_build.compile_int8(source, path, policy, ranges, workload_hash)
 
 
 def choices_of(domain: Domain, model: nn.Module, policy: QuantPolicy) -> list[Choice]:

@@ -129,3 +129,14 @@ def test_the_deployed_file_says_what_it_is(tiny, tmp_path):
     graph = onnx.load(str(tmp_path / "int8.onnx"))
     assert report.count("int8") > 10 and graph.metadata_props
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".onnx"] == ["int8.onnx"]
+
+
+def test_the_tensorrt_engine_of_a_smoothed_model_keeps_the_same_layers(tiny):
+    pytest.importorskip("tensorrt_rtx", reason="the extra [trt] is not installed")
+    given = config(tiny, "a", budget=10.0, smooth=0.5)
+    Quantize(given).step()
+    job = tiny.job(Path(given["state_dir"]) / "best.pth", trains=False, **{**QUANT, "smooth": 0.5})
+    found = evaluate.compile_engine({**job, "state_dir": given["state_dir"]})
+    assert found == {"trt": "compiled, not executed", "trt_int8_share": 1.0, "trt_keep_list_violations": 0}
+    left = {path.name for path in Path(given["state_dir"]).iterdir()}
+    assert {"deployed.trt", "deployed.trt.json"} <= left and not [name for name in left if name.startswith(".export")]
