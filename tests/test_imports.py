@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -79,3 +80,10 @@ def test_scripts_shadow_no_other_package() -> None:
 def test_records_and_gates_need_no_torch() -> None:
     for name in ("record", "gates"):
         assert not any(word.split(".")[0] == "torch" for word in imported((ROOT / f"trainables/{name}.py").read_text()))
+
+
+def test_constraints_are_name_and_version_alone() -> None:
+    """Anything else (an address, an editable install) makes pip refuse the whole file, or look elsewhere."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9._!+-]+", line)] == []
+    assert "torch==2.13.0" in lines

@@ -85,7 +85,7 @@ class TrainingSettings(Settings):
     train_pairs: Count = 16384
     batch_size: Count = 32
     optimizer: Literal["muon", "adamw"] = "muon"
-    lr: float = Field(5e-4, gt=0)
+    lr: float = Field(2e-3, gt=0)
     lr_end: float = Field(0.01, ge=0, le=1)
     lr_warmup: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
@@ -158,7 +158,7 @@ class PruneSettings(TrainingSettings):
     """How the teacher is pruned and fine-tuned; a trial overrides the keys that it searches."""
 
     epochs: Count = 12
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(1e-3, gt=0)
     rho: float = Field(0.3, gt=0, lt=1)
     enc_heads: float = Field(1.0, ge=0)
     enc_ffn: float = Field(1.0, ge=0)
