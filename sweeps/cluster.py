@@ -68,7 +68,7 @@ def connect(address: str | None) -> Iterator[Cluster]:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     for name in ("ray", "ray.tune", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

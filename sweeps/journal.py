@@ -315,7 +315,9 @@ class SweepState:
             if event["trial_id"] in self.trials:
                 return False
             names = ("trial_id", "exp_id", "task_id", "role", "params", "saves")
-            self.trials[event["trial_id"]] = TrialState(*(event[name] for name in names), number=len(self.trials))
+            self.trials[event["trial_id"]] = TrialState(
+                **{name: event[name] for name in names}, number=len(self.trials)
+            )
         elif kind == "file":
             entry = (event["path"], event["trial_id"])
             if entry not in self.files:  # a second event says that the file was written again
