@@ -30,7 +30,7 @@ def start(storage: Path, *flags: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **env}, cwd=here)
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], seconds: float = 400) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
 

@@ -35,7 +35,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The storage of a finished sweep."""
     storage = tmp_path_factory.mktemp("finished")
-    subprocess.run([sys.executable, TOY, "--storage", storage], check=True, capture_output=True, timeout=180)
+    subprocess.run([sys.executable, TOY, "--storage", storage], check=True, capture_output=True, timeout=400)
     return storage
 
 
@@ -75,7 +75,7 @@ def test_a_teacher_that_cannot_serve_is_named_by_the_script(finished: Path, tmp_
         pipe = subprocess.PIPE
         started[path] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
     for path, process in started.items():
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=400)
         assert process.returncode == 2 and not out, err
         assert err.startswith("error: ") and str(path) in err and err.count("\n") == 1
     assert content(finished) == before
