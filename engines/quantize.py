@@ -25,8 +25,8 @@ from engines.explain import annotate
 from engines.fuse import CONTRIB, fuse_rotary, use_contrib
 from engines.graph import constant, load, save, sweep, users, values
 from engines.latency import environment
+from engines.operators import layer_times
 from engines.policy import Choice, QuantPolicy, choices, constants
-from engines.profile import layer_times
 from engines.runtimes import Array, Arrays
 from engines.smooth import norms, smooth
 

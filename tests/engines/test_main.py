@@ -6,8 +6,8 @@ import pytest
 
 from engines.__main__ import main
 from engines.explain import annotation
+from engines.operators import layer_times, profile
 from engines.policy import QuantPolicy
-from engines.profile import layer_times, profile
 from engines.quantize import post_training
 
 Feeds = list[tuple[np.ndarray]]
