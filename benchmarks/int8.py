@@ -31,7 +31,7 @@ from engines.runtimes import Array, Arrays, OnnxRuntime, Runtime, TorchRuntime
 from trainables.dust3r.domain import Deployed, Dust3r
 from trainables.dust3r.model import from_reference_config
 
-CALIBRATION = 32
+CALIBRATION = 8
 KEEP = ("layernorm", "softmax", "attention", "conv")
 ROTARY: dict[str, Any] = {
     "head_type": "linear",
@@ -119,7 +119,7 @@ def measure(name: str, threads: list[int], repeats: int, compiled: bool) -> None
                 ratio = f"{got.ratio:.2f} [{got.ratio_lo:.2f}, {got.ratio_hi:.2f}]"
                 interval = f"{got.p50_lo:.2f} .. {got.p50_hi:.2f}"
                 row = f"{label:16} {got.p50_ms:8.2f} {interval:>16} {ratio:>18} {fp32.p50_ms / got.p50_ms:10.2f}"
-                print(f"{row} {error(outputs[label], outputs['torch']):8.1e}")
+                print(f"{row} {error(outputs[label], outputs['torch']):8.1e}", flush=True)
             for runtime in runtimes.values():
                 runtime.close()
 

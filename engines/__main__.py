@@ -14,7 +14,7 @@ from pathlib import Path
 from engines.errors import InputError
 from engines.explain import explain
 from engines.latency import environment
-from engines.operator_times import by_operator, profile
+from engines.operators import by_operator, profile
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,9 +25,9 @@ from engines.explain import annotate
 from engines.fuse import CONTRIB, fuse_rotary, use_contrib
 from engines.graph import constant, load, save, sweep, users, values
 from engines.latency import environment
-from engines.operator_times import layer_times
+from engines.operators import layer_times
 from engines.policy import Choice, QuantPolicy, choices, constants
-from engines.runtimes import Array, Arrays
+from engines.runtimes import Array, Arrays, OnnxRuntime
 from engines.smooth import norms, smooth
 
 _PROFILE_ROUNDS = 20
@@ -119,12 +119,15 @@ def quantize_cpu(fp32_path: str | Path, out_path: str | Path, policy: QuantPolic
         _check_ranges(activations(model, chosen), ranges)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "int8.onnx"
-        save(_quantized(model, chosen, policy, ranges), draft)
+        result = _quantized(model, chosen, policy, ranges)
+        save(result, draft)
         if policy.skip_slower:
             chosen = _without_losers(fp32_path, draft, chosen)
-    result = _quantized(model, chosen, policy, ranges)
-    annotate(result, policy, chosen)
-    save(result, out_path)
+            result = _quantized(model, chosen, policy, ranges)
+        annotate(result, policy, chosen)
+        save(result, draft)
+        OnnxRuntime(draft, "cpu", threads=1).close()  # refuses what it cannot run
+        save(result, out_path)
     plain = {name: (float(lo), float(hi)) for name, (lo, hi) in ranges.items()}
     return Report(tuple(chosen), weight_bits(policy), 0, plain)
 
@@ -266,7 +269,7 @@ class _Builder:
         """The constant that a following Add puts on top and that Add's output, or no bias and `output` itself."""
         readers = self.users[output]
         if len(readers) == 1 and readers[0].op_type == "Add" and output not in self.outputs:
-            other = next(name for name in readers[0].input if name != output)
+            other = readers[0].input[1 - list(readers[0].input).index(output)]
             if other in self.fixed and list(self.fixed[other].dims) == [width]:
                 self.merged.add(readers[0].name)
                 return other, readers[0].output[0]

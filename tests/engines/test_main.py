@@ -6,7 +6,7 @@ import pytest
 
 from engines.__main__ import main
 from engines.explain import annotation
-from engines.operator_times import layer_times, profile
+from engines.operators import layer_times, profile
 from engines.policy import QuantPolicy
 from engines.quantize import post_training
 
