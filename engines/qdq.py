@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.calibrate import Ranges
 from engines.errors import InputError
+from engines.explain import annotate
 from engines.graph import load, save
 from engines.policy import Choice, QuantPolicy, choices, constants
 
@@ -53,8 +54,9 @@ def write_qdq(
     """
     source, folder = _read(fp32_onnx), Path(fp32_onnx).parent
     chosen = choices(source, policy)
-    twin = _Twin(source, folder, chosen, policy, ranges, kept)
-    save(twin.build(), path)
+    twin = _Twin(source, folder, chosen, policy, ranges, kept).build()
+    annotate(twin, policy, chosen)
+    save(twin, path)
     return chosen
 
 

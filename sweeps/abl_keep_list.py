@@ -13,10 +13,10 @@ from trainables.quantize import Round
 ABL = Sweep(
     stage="ABL1", domain="dust3r", trainable=Round, measure=evaluate, settings=(WORKLOAD, QUANT), seeds=3,
     trials=[
-        Trial("ABL-1", combo="keepBoth", keyparams="", keep=["layernorm", "softmax", "attention"]),
-        Trial("ABL-1", combo="LayerNormOut", keyparams="", keep=["softmax", "attention"]),
-        Trial("ABL-1", combo="SoftmaxOut", keyparams="", keep=["layernorm", "attention"]),
-        Trial("ABL-1", combo="bothOut", keyparams="", keep=["attention"]),
+        Trial("ABL-1", combo="keepBoth", keyparams="", keep=["layernorm", "softmax", "attention", "conv"]),
+        Trial("ABL-1", combo="LayerNormOut", keyparams="", keep=["softmax", "attention", "conv"]),
+        Trial("ABL-1", combo="SoftmaxOut", keyparams="", keep=["layernorm", "attention", "conv"]),
+        Trial("ABL-1", combo="bothOut", keyparams="", keep=["attention", "conv"]),
     ],
     reference="keepBoth", log="ablation_keep.json",
 )  # fmt: skip

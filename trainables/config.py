@@ -130,7 +130,7 @@ class QuantSettings(TrainingSettings):
     gamma: float = Field(0.0, ge=0)
     bits_w: int = 8
     bits_a: int = 8
-    keep: tuple[str, ...] = ("layernorm", "softmax", "attention")
+    keep: tuple[str, ...] = ("layernorm", "softmax", "attention", "conv")
     calibration: Count = 512
     method: str = "minmax"
     mode: str = "static"

@@ -17,6 +17,7 @@ from torch import nn
 from engines import qdq
 from engines.calibrate import Ranges, calibrate
 from engines.errors import InputError
+from engines.explain import annotation
 from engines.export import export_onnx
 from engines.policy import QuantPolicy, choices
 from engines.qdq import write_qdq
@@ -103,6 +104,8 @@ def test_follows_fp32_in_onnx_runtime(block: Path, tmp_path: Path, policy: Quant
     # 8 bits over a range of a few standard deviations: one to three percent per layer, five layers deep.
     assert all(1e-4 < e < 0.06 for e in errors), errors
     assert [p.name for p in twin.parent.iterdir()] == ["twin.onnx"]
+    said = annotation(twin)
+    assert said and said[0] == policy, "both exports explain themselves"
 
 
 def test_nothing_but_float16_separates_a_twin_without_int8_from_fp32(block: Path, tmp_path: Path) -> None:
