@@ -14,7 +14,10 @@ from analysis.pareto import UNFINISHED, check_one_workload, is_open, is_stop, lo
 from analysis.store import SweepData
 from trainables.record import InputError
 
-COLUMNS = ("exp_id", "T", "beta", "epochs", "test drop % [95 %]", "p50 ms", "verdict", "stop reason")
+COLUMNS = ("exp_id", "T", "beta", "rho", "epochs", "test drop % [95 %]", "params down %", "p50 ms", "x FP32 torch",
+           "verdict", "stop reason")  # fmt: skip
+_OPTIONAL = {"T": "T", "beta": "beta", "rho": "rho", "params down %": "params_down", "x FP32 torch": "speedup"}
+_LEFT = {"exp_id", "beta", "verdict", "stop reason"}
 FOOT = (
     "Drop: of the best validated weights on the test pairs against the teacher, with a paired bootstrap 95 % interval. "
     "Validation pairs alone chose the weights and the best student."
@@ -24,7 +27,11 @@ _STYLES = {"pass": "bold green", "fail": "red", "n/a": "dim"}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; numbers as measured (drop in percent, p50 in ms), None where there is none."""
+    """One line of the table; numbers as measured (drop in percent, p50 in ms), None where there is none.
+
+    params_down (percent) is shown of pruned models, speedup (p50 of the own FP32 form in torch over that of the
+    deployed file) of quantized ones.
+    """
 
     exp_id: str
     T: float | None
@@ -37,6 +44,9 @@ class Row:
     verdict: str
     stop_reason: str
     role: str
+    rho: float | None = None
+    params_down: float | None = None
+    speedup: float | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of COLUMNS."""
@@ -48,9 +58,12 @@ class Row:
             self.exp_id,
             _text(self.T),
             _text(self.beta),
+            _text(self.rho),
             _text(self.epochs),
             drop,
+            "–" if self.params_down is None else f"{self.params_down:.1f}",
             "–" if self.p50_ms is None else f"{self.p50_ms:.2f}",
+            "–" if self.speedup is None else f"{self.speedup:.2f}",
             self.verdict,
             reason,
         )
@@ -105,7 +118,7 @@ def render(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], sw
     shown = rows(records)
     names = columns(shown)
     for name in names:
-        right = name in ("T", "epochs", "test drop % [95 %]", "p50 ms")
+        right = name not in _LEFT
         table.add_column(escape(name), justify="right" if right else "left", no_wrap=name != "exp_id", overflow="fold")
     for row in shown:
         cells = {name: escape(cell) for name, cell in zip(COLUMNS, row.cells(), strict=True)}
@@ -116,8 +129,8 @@ def render(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], sw
 
 
 def columns(shown: Sequence[Row]) -> list[str]:
-    """The table's columns: T and beta only where a trial has them."""
-    empty = {name for name in ("T", "beta") if all(getattr(row, name) is None for row in shown)}
+    """The table's columns: a parameter's or a stage's own only where a trial has it."""
+    empty = {name for name, field in _OPTIONAL.items() if all(getattr(row, field) is None for row in shown)}
     return [name for name in COLUMNS if name not in empty]
 
 
@@ -200,6 +213,9 @@ def _row(record: Mapping[str, Any]) -> Row:
         verdict=str(record.get("verdict") or "–"),
         stop_reason=UNFINISHED[str(record["status"])] if is_open(record) else str(record.get("stop_reason") or ""),
         role=str(record.get("role") or "trial"),
+        rho=number(record.get("rho")),
+        params_down=_percent(record.get("params_down")) if record.get("rho") is not None else None,
+        speedup=number(record.get("p50_ratio_fp32")) if record.get("bits_w") is not None else None,
     )
 
 

@@ -41,7 +41,7 @@ def test_the_teacher_stands_first_and_missing_numbers_are_dashes() -> None:
     bare = record("K_a_run1", drop=None, drop_lo=None, drop_hi=None, t_pair_p50_ms=None, T=None, verdict=None)
     rows = table.rows(dicts([bare, teacher()]))
     assert [row.exp_id for row in rows] == ["K_teacher_run1", "K_a_run1"]
-    assert rows[1].cells() == ("K_a_run1", "–", "0.5", "30", "–", "–", "–", "–")
+    assert rows[1].cells() == ("K_a_run1", "–", "0.5", "–", "30", *["–"] * 6)
 
 
 def test_markup_in_a_name_stays_text() -> None:
@@ -128,3 +128,13 @@ def test_an_interrupted_sweep_is_said_to_be_one_in_the_plans_order(
 def test_command_line_with_an_unwritable_file(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", "--tracking-uri", uri, "--sweep", "three", "--csv", "/nowhere/at/all.csv"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_stage_has_its_own_columns_and_no_empty_ones():
+    common = {"exp_id": "a", "drop": 0.01, "verdict": "pass", "role": "trial", "params_down": 0.289}
+    pruned = table.columns(table.rows([{**common, "rho": 0.3}]))
+    assert "rho" in pruned and "params down %" in pruned and "T" not in pruned and "x FP32 torch" not in pruned
+    text = table.markdown([{**common, "rho": 0.3}], {})
+    assert "| a | 0.3 | – | +1.00 | 28.9 |" in text
+    int8 = table.markdown([{**common, "bits_w": 8, "p50_ratio_fp32": 3.75}], {})
+    assert "x FP32 torch" in int8 and "| 3.75 |" in int8 and "params down" not in int8
