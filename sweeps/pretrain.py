@@ -1,6 +1,6 @@
 """P0, the small teacher: train it from scratch on procedural rooms; the result ships with the package.
 
-python sweeps/pretrain.py                      # the shipped teacher: about an hour on 2 cores
+python sweeps/pretrain.py                      # the shipped teacher: about 80 minutes of one core
 python sweeps/pretrain.py --profile demo       # a minute, to see that it runs
 python sweeps/pretrain.py --resume             # go on after an interruption
 """
