@@ -54,6 +54,11 @@ def file_of(job: Job) -> Path:
     return Path(job["state_dir"]) / "deployed.onnx"
 
 
+def source(domain: Domain, model: str) -> nn.Module:
+    """The model that is quantized: "teacher", or a checkpoint's path. InputError names what is wrong with a file."""
+    return domain.teacher() if model == "teacher" else domain.load(Path(model)).eval()
+
+
 def policy_of(weights: Path) -> QuantPolicy | None:
     """The policy by which a checkpoint is to be rounded; None for one that is deployed in floating point."""
     found = checkpoint.load(weights, "model").get("quantization")
@@ -92,10 +97,11 @@ def compile_int8(
         return tensorrt_build.compile_int8(source, path, policy, ranges, workload_hash)
 
 
-def choices_of(domain: Domain, model: nn.Module, policy: QuantPolicy) -> list[Choice]:
-    """What the policy says of every layer of `model`."""
+def choices_of(domain: Domain, model: nn.Module, *policies: QuantPolicy) -> list[list[Choice]]:
+    """What each policy says of every layer of `model`. InputError for a pattern that matches none."""
     with TemporaryDirectory() as folder, _fp32(domain, model, Path(folder)) as fp32:
-        return choices(onnx.load(str(fp32)), policy)
+        graph = onnx.load(str(fp32))
+    return [choices(graph, policy) for policy in policies]
 
 
 def feeds(domain: Domain, count: int) -> list[Arrays]:

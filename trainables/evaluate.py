@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from engines.footprint import params_M
 from engines.latency import environment
-from trainables import deploy
+from trainables import checkpoint, deploy
 from trainables.checkpoint import model_hash
-from trainables.config import PruneSettings
+from trainables.config import PruneSettings, QuantSettings
 from trainables.deploy import Job, domain_of, model_of
 from trainables.domain import Domain, make_domain
 from trainables.gates import Drop, paired_drop
@@ -56,6 +57,8 @@ def prepare(job: Job) -> None:
             for trial, params in zip(trials, job["trials"], strict=True):
                 pruned(cache, trial, PruneSettings.among({**settings, **params}))
         if "bits_w" in settings:
+            wanted = [QuantSettings.among({**settings, **params}).policy for params in job["trials"]]
+            deploy.choices_of(domain, deploy.source(domain, settings["model"]), *wanted)
             return  # rounding alone may do, and then no training sample is ever needed
         states = any(signal.states for trial in trials for signal in trial.signals())
         shared = TeacherCache(cache, partial(domain_of, job), settings["train_pairs"], states)
@@ -75,7 +78,12 @@ def measure_quality(job: Job) -> dict[str, Any]:
         deployed, more = _deployed(job, domain, model)
         own = domain.evaluate(deployed, "test", full=True)
         more["parent"], ancestry = _lineage(job, domain, own, reference)
-        more["extra"] = {**more.get("extra", {}), **ancestry, "reference": reference}
+        more["extra"] = {
+            **more.get("extra", {}),
+            **ancestry,
+            **_trained(job, domain, own, teacher),
+            "reference": reference,
+        }
         np.save(Path(job["state_dir"]) / "test_costs.npy", _costs(own, domain))
     primary = domain.primary
     change = _drop(job, domain, own, teacher)
@@ -114,6 +122,21 @@ def _lineage(job: Job, domain: Domain, own: dict[str, Tensor], reference: str) -
     change = _drop(job, domain, own, domain.evaluate(source, "test", full=True))
     found = {"drop_to_student": change.value, "drop_to_student_lo": change.lo, "drop_to_student_hi": change.hi}
     return f"student:{model_hash(source)}", found
+
+
+def _trained(job: Job, domain: Domain, own: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
+    """Of a model that was trained with fake quantization: the drop of rounding alone, and its own against that."""
+    content = checkpoint.load(Path(job["weights"]))
+    policy = deploy.policy_of(Path(job["weights"]))
+    if policy is None or content["origin"]["epoch"] == 1:
+        return {}
+    with TemporaryDirectory(dir=job["work_dir"]) as folder:
+        path = Path(folder) / "ptq.onnx"
+        deploy.export_int8(domain, deploy.source(domain, job["settings"]["model"]), policy, path)
+        rounded = domain.evaluate(deploy.Engine(path), "test", full=True)
+    drops = {"ptq_drop": _drop(job, domain, rounded, teacher), "drop_to_ptq": _drop(job, domain, own, rounded)}
+    return {f"{name}{end}": getattr(change, field) for name, change in drops.items()
+            for end, field in (("", "value"), ("_lo", "lo"), ("_hi", "hi"))}  # fmt: skip
 
 
 def _drop(job: Job, domain: Domain, own: dict[str, Tensor], reference: dict[str, Tensor]) -> Drop:

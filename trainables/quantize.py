@@ -19,13 +19,8 @@ from torch import Tensor, nn
 from trainables import deploy, fake_quant
 from trainables.config import QuantSettings
 from trainables.distill import Distill
-from trainables.domain import Batch, Domain
+from trainables.domain import Batch
 from trainables.gates import paired_drop
-
-
-def source(domain: Domain, model: str) -> nn.Module:
-    """The model that is quantized: the teacher, or a checkpoint. InputError names what is wrong with a file."""
-    return domain.teacher() if model == "teacher" else domain.load(Path(model))
 
 
 class Quantize(Distill):
@@ -39,7 +34,7 @@ class Quantize(Distill):
         self.faked = False
 
     def _student(self, cache: Path) -> nn.Module:
-        return source(self.domain, self.settings["model"]).train().requires_grad_(True)
+        return deploy.source(self.domain, self.settings["model"]).train().requires_grad_(True)
 
     # ------------------------------------------------------------------ the course of a trial
     @property
@@ -75,7 +70,8 @@ class Quantize(Distill):
             fake_quant.recalibrate(self.model, self._calibration)
 
     def _insert(self) -> None:
-        names = fake_quant.module_names(deploy.choices_of(self.domain, self.model, self.policy), self.model)
+        (chosen,) = deploy.choices_of(self.domain, self.model, self.policy)
+        names = fake_quant.module_names(chosen, self.model)
         fake_quant.insert(self.model, names, self.policy, self._calibration)
         self.faked = True
 

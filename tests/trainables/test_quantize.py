@@ -11,7 +11,8 @@ import torch
 from engines.errors import InputError
 from engines.policy import QuantPolicy
 from trainables import checkpoint, deploy, evaluate, fake_quant
-from trainables.quantize import Quantize, Round, source
+from trainables.deploy import source
+from trainables.quantize import Quantize, Round
 
 QUANT = {
     **{"model": "teacher", "bits_w": 8, "bits_a": 8, "keep": ["layernorm", "softmax", "attention"], "mode": "static"},
@@ -96,10 +97,28 @@ def test_what_is_measured_is_the_int8_file(tiny, tmp_path):
     assert {"p50_torch_ms", "p50_onnxruntime_ms"} <= extra.keys() and not list(Path(job["work_dir"]).iterdir())
 
 
+def test_training_is_compared_with_rounding_alone_on_the_same_pairs(tiny):
+    given = config(tiny, "a", bits_w=4, lr=1e-4)
+    trial = Quantize(given)
+    for _ in range(5):
+        trial.step()
+    best = Path(given["state_dir"]) / "best.pth"
+    content = checkpoint.load(best)
+    if (
+        content["origin"]["epoch"] == 1
+    ):  # on random weights rounding may stay the best: then there is nothing to compare
+        checkpoint.save(best, {**content, "origin": {**content["origin"], "epoch": 2}})
+    job = {**tiny.job(best, trains=False, **{**QUANT, "bits_w": 4}), "state_dir": given["state_dir"]}
+    extra = evaluate.measure_quality(job)["extra"]
+    assert extra["ptq_drop_lo"] <= extra["ptq_drop"] <= extra["ptq_drop_hi"]
+    assert extra["drop_to_ptq_lo"] <= extra["drop_to_ptq"] <= extra["drop_to_ptq_hi"]
+
+
 def test_the_policy_chooses_the_same_layers_in_torch_and_onnx(tiny):
     domain = tiny.domain(**QUANT)
     model = domain.teacher()
-    chosen = deploy.choices_of(domain, model, QuantPolicy(keep=("layernorm", "softmax", "attention", "*head*")))
+    kept = QuantPolicy(keep=("layernorm", "softmax", "attention", "*head*"))
+    chosen, other = deploy.choices_of(domain, model, kept, QuantPolicy(keep=("softmax", "attention")))
     names = fake_quant.module_names(chosen, model)
     int8 = [choice for choice in chosen if choice.precision == "int8"]
     # Two decoders and one shared encoder, whose layers run once for both views.
@@ -107,7 +126,7 @@ def test_the_policy_chooses_the_same_layers_in_torch_and_onnx(tiny):
         n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d) and "head" not in n
     } == set(names)
     assert len(int8) >= len(names) and not any("head" in name for name in names)
-    out = fake_quant.module_names(deploy.choices_of(domain, model, QuantPolicy(keep=("softmax", "attention"))), model)
+    out = fake_quant.module_names(other, model)
     assert "enc_blocks.0.norm1" in out and "downstream_head1.proj" in out
 
 
@@ -118,6 +137,8 @@ def test_a_source_that_cannot_be_quantized_is_named(tiny, tmp_path):
         source(domain, str(tmp_path / "none.pth"))
     with pytest.raises(InputError, match=r"keep pattern '\*qkw\*' matches no eligible layer"):
         Quantize(config(tiny, "typo", keep=["*qkw*"])).step()
+    with pytest.raises(InputError, match=r"keep pattern '\*qkw\*' matches no eligible layer"):
+        evaluate.prepare({**tiny.job(**QUANT), "trials": [{}, {"keep": ["*qkw*"]}]})
     job = tiny.job(trains=False, **{**QUANT, "model": str(tmp_path / "none.pth")})
     with pytest.raises(InputError, match="does not exist"):
         evaluate.identify(job)
