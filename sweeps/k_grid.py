@@ -26,7 +26,8 @@ K = Sweep(
     ],
     space=dict(
         T=uniform(1, 10), beta=one_of(constant, step, linear), gamma=uniform(0, 0.3),
-        lr=loguniform(1e-5, 1e-2), depth=uniform(0.5, 0.9), heads=uniform(0.5, 0.9), ffn=uniform(0.5, 0.9),
+        lr=loguniform(1e-5, 1e-2), depth=uniform(0.4, 0.9), dec_depth=uniform(0.6, 1), heads=uniform(0.5, 0.9),
+        ffn=uniform(0.5, 0.9),
     ),
     search_task="K-search", best="student_fp32_best.pth", log="distill_log.json", sample_cpu_s=0.017,
 )  # fmt: skip

@@ -118,6 +118,7 @@ class DistillSettings(TrainingSettings):
 
     gamma: float = Field(0.0, ge=0)
     depth: Ratio = 0.7
+    dec_depth: Ratio | None = None
     heads: Ratio = 0.7
     ffn: Ratio = 0.7
     init: Literal["inherit", "scratch"] = "inherit"

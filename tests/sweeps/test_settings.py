@@ -38,7 +38,9 @@ def file(tmp_path: Path, text: str = GOOD) -> SettingsFile:
 def test_shipped_settings_are_valid_in_every_profile(profile: str) -> None:
     resolved = resolve(SHIPPED, profile, {})
     assert resolved.values["sampled_pairs"] == 20 and resolved.values["neighbours"] == 4
-    assert (resolved.values["depth"], resolved.values["heads"], resolved.values["ffn"]) == (0.7, 0.7, 0.7)
+    assert (resolved.values["heads"], resolved.values["ffn"]) == (0.7, 0.7)
+    depths = (resolved.values["depth"], resolved.values["dec_depth"])
+    assert depths == ((0.7, 0.7) if profile == "full" else (0.5, 1.0)), "7 of 10 layers either way"
     assert resolved.values["workload_seed"] == 42
 
 

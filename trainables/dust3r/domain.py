@@ -92,7 +92,7 @@ class Dust3r:
         teacher = self.teacher()
         d = self.distill
         student = from_reference_config(
-            **inheritance.student_config(teacher.config, depth=d.depth, heads=d.heads, ffn=d.ffn)
+            **inheritance.student_config(teacher.config, d.depth, d.heads, d.ffn, d.dec_depth)
         )
         if inherit:
             inheritance.inherit(teacher, student, self._calibration(CALIBRATION_PAIRS))
@@ -101,7 +101,9 @@ class Dust3r:
     def student_id(self) -> str:
         """Hash of the teacher's weights, the ratios, the inheriting code and the calibration pairs."""
         d = self.distill
-        return _digest(model_hash(self.teacher()), d.depth, d.heads, d.ffn, self.data_id(), CALIBRATION_PAIRS)
+        return _digest(
+            model_hash(self.teacher()), d.depth, d.dec_depth, d.heads, d.ffn, self.data_id(), CALIBRATION_PAIRS
+        )
 
     def pruned(self, model: nn.Module, share: float) -> DUSt3R:
         """Pruned by L1 norm to `share` of the way to the settings' widths, then refitted to what it was."""

@@ -73,6 +73,11 @@ def test_counts_round_to_nearest_and_widths_stay():
     assert [least[f"enc_{p}"] for p in ("depth", "num_heads", "mlp_hidden")] == [1, 1, 8]
 
 
+def test_decoders_may_be_cut_by_a_share_of_their_own():
+    config = student_config(SMALL_TEACHER, 0.5, 0.7, 0.7, dec_depth=1.0)
+    assert (config["enc_depth"], config["dec_depth"]) == (3, 4), "7 of 10 layers"
+
+
 def test_students_of_students():
     once = student_config(SMALL_TEACHER, 1.0, 0.5, 0.5)
     twice = student_config(once, 0.5, 1.0, 0.5)
@@ -82,7 +87,7 @@ def test_students_of_students():
 
 def test_layers_are_spread_evenly_with_both_ends():
     assert kept_layers(6, 4) == [0, 2, 3, 5]
-    assert kept_layers(4, 3) == [0, 2, 3]
+    assert kept_layers(4, 3) == [0, 1, 3] and kept_layers(6, 3) == [0, 2, 5]
     assert kept_layers(24, 24) == list(range(24))
     for depth, keep in itertools.product(range(2, 25), repeat=2):
         if keep <= depth:
@@ -96,15 +101,15 @@ def test_layers_are_spread_evenly_with_both_ends():
 def test_hooks_follow_the_layers():
     config = {"head_type": "dpt", "enc_depth": 4, "dec_depth": 12}
     assert student_config(config, 1.0, 0.5, 0.5)["hooks"] == [0, 6, 9, 12]
-    # Layers 0 1 3 4 6 7 8 10 11 stay; each leaves the stream that enters the next: positions 1 3 4 6 7 8 10 11 12.
-    assert kept_layers(12, 9) == [0, 1, 3, 4, 6, 7, 8, 10, 11]
+    # Layers 0 1 3 4 5 7 8 10 11 stay; each leaves the stream that enters the next: positions 1 3 4 5 7 8 10 11 12.
+    assert kept_layers(12, 9) == [0, 1, 3, 4, 5, 7, 8, 10, 11]
     assert student_config(config, 0.75, 1.0, 1.0)["hooks"] == [0, 4, 6, 9]
     # One layer is left for three positions of the decoder; position 0, of the encoder's width, is never one of them.
     assert student_config(config, 0.01, 1.0, 1.0)["hooks"] == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.1, 1.01, float("nan")])
-@pytest.mark.parametrize("name", ["depth", "heads", "ffn"])
+@pytest.mark.parametrize("name", ["depth", "heads", "ffn", "dec_depth"])
 def test_bad_ratios_are_named(name, bad):
     with pytest.raises(InputError) as error:
         student_config(SMALL_TEACHER, **{"depth": 0.7, "heads": 0.7, "ffn": 0.7, name: bad})
