@@ -159,7 +159,7 @@ class PruneSettings(TrainingSettings):
     """How the teacher is pruned and fine-tuned; a trial overrides the keys that it searches."""
 
     epochs: Count = 12
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-4, gt=0)
     rho: float = Field(0.3, gt=0, lt=1)
     enc_heads: float = Field(1.0, ge=0)
     enc_ffn: float = Field(1.0, ge=0)
