@@ -33,7 +33,7 @@ def test_dry_run_shows_the_plan_and_starts_nothing(capsys: pytest.CaptureFixture
     [
         (["--set", "residual=4"], "rho=0.3 x residual=4 removes all there is"),
         (["--set", "steps=9"], "steps=9 need at least 18 epochs"),
-        (["--set", "ratios=l1"], "ratios='l1'"),
+        (["--set", "ratios=l1"], "--set ratios=l1: Input should be"),
         (["--set", "rho=0.2"], "every trial of this sweep sets rho itself"),
     ],
 )

@@ -25,7 +25,7 @@ def search(seed: int = 1) -> Search:
 def state(trial: Planned, drop: float | None, p50: float = 1.0) -> TrialState:
     record = {"drop": 0.9, "t_pair_p50_ms": p50}  # a test drop, which must steer nothing
     results = [] if drop is None else [(1, {"val_drop": drop}), (2, {"val_drop": drop + 0.5}), (3, {})]
-    return TrialState(trial.trial_id, trial.exp_id, trial.task_id, "trial", {}, None, results, record=record)
+    return TrialState(trial.trial_id, trial.exp_id, trial.task_id, "trial", {}, None, results=results, record=record)
 
 
 def value(trial: Planned) -> float:
