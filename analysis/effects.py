@@ -50,10 +50,8 @@ class Effect:
         return {**asdict(self), "resolved": self.resolved, "says": sentence(self)}
 
 
-def effect(
-    arm: str, reference: str, values: ArrayLike, reference_values: ArrayLike, lower_is_better: bool = True
-) -> Effect:
-    """The effect of an arm; both tables are (seeds, samples) of the primary metric, the same seeds and samples.
+def effect(arm: str, reference: str, values: ArrayLike, reference_values: ArrayLike) -> Effect:
+    """The effect of an arm; both tables are (seeds, samples) of a cost (lower = better), the same seeds and samples.
 
     Raises InputError for unequal shapes, fewer than 2 seeds or samples, numbers that are not finite.
     """
@@ -62,7 +60,7 @@ def effect(
         raise InputError(f"effect of {arm}: tables {a.shape} and {b.shape}; expected one shape, 2 or more seeds each")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise InputError(f"effect of {arm}: a value is not finite; leave the diverged arm out")
-    change = (a - b) / abs(b.mean()) * (1 if lower_is_better else -1)
+    change = (a - b) / abs(b.mean())
     seeds, samples = change.shape
     value, by_seed, by_sample = float(change.mean()), change.mean(1), change.mean(0)
     of_seeds = float(by_seed.var(ddof=1)) / seeds
@@ -105,10 +103,8 @@ def sentence(found: Effect) -> str:
     return f"{said}."
 
 
-def effects(
-    tables: Mapping[str, Mapping[int, Sequence[float]]], reference: str, lower_is_better: bool = True
-) -> list[Effect]:
-    """The effect of every other arm. tables: arm -> seed -> values per sample; only seeds that both arms have count.
+def effects(tables: Mapping[str, Mapping[int, Sequence[float]]], reference: str) -> list[Effect]:
+    """The effect of every other arm. tables: arm -> seed -> costs per sample; only seeds that both arms have count.
 
     Raises InputError where the reference arm is missing or shares fewer than 2 seeds with an arm.
     """
@@ -122,5 +118,5 @@ def effects(
         if len(seeds) < 2:
             raise InputError(f"{arm} and {reference} share {len(seeds)} seeds; expected 2 or more (--seeds 3)")
         own, base = ([table[seed] for seed in seeds] for table in (rows, tables[reference]))
-        found.append(effect(arm, reference, own, base, lower_is_better))
+        found.append(effect(arm, reference, own, base))
     return found
