@@ -83,7 +83,7 @@ class TrainingSettings(Settings):
     epochs: Count = 30
     pairs_per_epoch: Count = 1536
     train_pairs: Count = 16384
-    batch_size: Count = 32
+    batch_size: int = Field(32, ge=2, multiple_of=2)  # both directions of a pair of images
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: float = Field(2e-3, gt=0)
     lr_end: float = Field(0.01, ge=0, le=1)
@@ -139,6 +139,7 @@ class QuantSettings(TrainingSettings):
     reduce_range: bool | None = None
     skip_slower: bool = False
     qat_share: Ratio = 1 / 3
+    qat_lr: float = Field(2e-4, gt=0)
     frozen_share: float = Field(0.15, ge=0, le=1)
 
     @property

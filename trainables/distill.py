@@ -50,18 +50,19 @@ class Distill(Training):
         return self.domain.lower_is_better
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """A shuffled pass over the cache after the other, cut into epochs."""
-        size = self.settings["batch_size"]
+        """A shuffled pass over the cache after the other, cut into epochs; samples of a group stay together."""
+        group = self.domain.group
+        size, count = self.settings["batch_size"] // group, self.cache.count // group
         first = (epoch - 1) * self.steps_per_epoch * size
         stream = torch.arange(first, first + self.steps_per_epoch * size)
-        order = {int(p): self._shuffled(int(p)) for p in torch.unique(stream // self.cache.count)}
-        picked = torch.stack([order[int(i) // self.cache.count][int(i) % self.cache.count] for i in stream])
-        for rows in torch.split(picked, size):
-            yield self.cache.rows(rows)
+        order = {int(p): self._shuffled(int(p), count) for p in torch.unique(stream // count)}
+        picked = torch.stack([order[int(i) // count][int(i) % count] for i in stream])
+        for groups in torch.split(picked, size):
+            yield self.cache.rows((group * groups[:, None] + torch.arange(group)).flatten())
 
-    def _shuffled(self, turn: int) -> Tensor:
+    def _shuffled(self, turn: int, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
-        return torch.randperm(self.cache.count, generator=generator)
+        return torch.randperm(count, generator=generator)
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum and each unweighted part."""

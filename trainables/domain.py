@@ -36,6 +36,7 @@ class Domain(Protocol):
 
     primary: str
     lower_is_better: bool
+    group: int  # so many consecutive training samples share work: a batch holds all of them or none
 
     def new_teacher(self) -> nn.Module:
         """The small teacher's architecture with fresh weights, for pretraining."""

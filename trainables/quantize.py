@@ -2,9 +2,10 @@
 
 Epoch 1 is post-training quantization: calibrate, write the INT8 file, validate that very file. A drop within the
 budget ends the trial there. Otherwise the following epochs fine-tune: in floating point first, with fake quantization
-in the last `qat_share` of them, whose ranges stand still for the last `frozen_share` (as networks under fake
-quantization settle better: Krishnamoorthi 2018, arXiv:1806.08342, section 3.2). Every validation is that of the INT8
-file that the weights of that epoch give, so a curve shows what would be deployed.
+in the last `qat_share` of them. Those have a learning-rate cycle of their own, and their ranges stand still for the
+last `frozen_share` (as networks under fake quantization settle better: Krishnamoorthi 2018, arXiv:1806.08342, section
+3.2). Every validation is that of the INT8 file that the weights of that epoch give, so a curve shows what would be
+deployed.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainables import deploy, fake_quant
 from trainables.config import QuantSettings
 from trainables.distill import Distill
-from trainables.domain import Batch
 from trainables.gates import paired_drop
+from trainables.training import learning_rate
 
 
 class Quantize(Distill):
@@ -58,9 +59,12 @@ class Quantize(Distill):
             self._fake(epoch)
         return {**super()._train(), "fake_quant": float(self.faked)}
 
-    def train_step(self, batch: Batch, step: int, total: int) -> dict[str, Tensor]:
-        """The learning rate's schedule spans the epochs that train: all but the first."""
-        return super().train_step(batch, step - self.steps_per_epoch, total - self.steps_per_epoch)
+    def rate(self, step: int, total: int) -> float:
+        """Two cycles of warm-up and cosine: one over the epochs in floating point, one over those with rounding."""
+        start, end, peak = self.steps_per_epoch, (self._first_faked - 1) * self.steps_per_epoch, self.quant.lr
+        if self.faked:
+            start, end, peak = end, total, self.quant.qat_lr
+        return learning_rate((step - start + 1) / (end - start), peak, self.quant.lr_end, self.quant.lr_warmup)
 
     def _fake(self, epoch: int) -> None:
         """Fake quantization with ranges of the present weights, until they are frozen."""

@@ -145,14 +145,18 @@ class Training(Trainable):
 
     def train_step(self, batch: Batch, step: int, total: int) -> dict[str, Tensor]:
         """One optimiser step, number `step` of `total`; the loss and its parts, on the graph's device."""
-        rate = learning_rate(
-            (step + 1) / total, self.settings["lr"], self.settings["lr_end"], self.settings["lr_warmup"]
-        )
+        rate = self.rate(step, total)
         loss, parts = self.loss(batch, step / total)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step(rate)
         return {"loss": loss, **parts}
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate of step number `step` of `total`."""
+        return learning_rate(
+            (step + 1) / total, self.settings["lr"], self.settings["lr_end"], self.settings["lr_warmup"]
+        )
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -84,6 +84,7 @@ def test_batches_pass_over_the_whole_cache_again_and_again(tiny):
         list(trial.batches(epoch))
     assert [len(row) for row in rows] == [8] * 15
     stream = sum(rows, [])
+    assert all(b == a + 1 and a % 2 == 0 for a, b in zip(stream[0::2], stream[1::2], strict=True)), "both directions"
     turns = [stream[k : k + 40] for k in (0, 40, 80)]
     assert all(sorted(turn) == list(range(40)) for turn in turns)
     assert turns[0] != turns[1] != turns[2]

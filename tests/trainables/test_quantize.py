@@ -50,7 +50,8 @@ def test_past_the_budget_it_trains_and_fakes_quantization_in_the_last_share(tiny
     results = [trial.step() for _ in range(5)]
     assert [r["fake_quant"] for r in results] == [0, 0, 0, 1, 1] and not any("done" in r for r in results)
     assert all("train_loss" in r for r in results[1:]) and "train_loss" not in results[0]
-    assert results[1]["lr"] > results[4]["lr"] > 0
+    assert results[1]["lr"] > results[2]["lr"] == pytest.approx(1e-2 * trial.quant.lr), "a cycle in floating point"
+    assert results[3]["lr"] > results[4]["lr"] == pytest.approx(1e-2 * trial.quant.qat_lr), "and one of its own"
     quantized = {n for n, m in trial.model.named_modules() if getattr(m, "weight_quantizer", None) is not None
                  and m.weight_quantizer.is_enabled}  # fmt: skip
     assert "enc_blocks.0.attn.qkv" in quantized and "enc_blocks.0.norm1" not in quantized

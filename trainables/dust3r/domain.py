@@ -49,6 +49,7 @@ SMALL_TEACHER: dict[str, Any] = {
 }
 CALIBRATION_PAIRS = 256  # of a student's inheritance; pruning takes half of them at each of its steps
 SENSITIVITY_PAIRS = 32
+TEACHER_BATCH = 64  # pairs at a time: more do not fit a core's cache
 STATES = ("enc1", "enc2", "dec1", "dec2")
 # What is cached depends on this code. Read at import: an edit during a sweep must not change its identities.
 _MODULES = (rooms, metrics, losses, blocks, dpt, model_code, inheritance, narrow, pruning, sys.modules[__name__])
@@ -62,6 +63,8 @@ def _digest(*identity: object) -> str:
 
 class Dust3r:
     """Procedural rooms, confidence-weighted pointmap regression, AbsRel after one median scale per pair."""
+
+    group = 2  # both directions of a pair of images
 
     def __init__(self, settings: Mapping[str, Any], seed: int) -> None:
         self.workload = WorkloadSettings.among(settings)
@@ -178,7 +181,7 @@ class Dust3r:
         """
         scenes, where = torch.unique(indices // 2, return_inverse=True)
         both = self.both_ways(self.scene_pairs(split, scenes))
-        rows = where + len(scenes) * (indices % 2)
+        rows = 2 * where + indices % 2
         return {"image": both["image"][rows], "points": both["points"][rows].half()}
 
     def scene_pairs(self, split: str, scenes: Tensor) -> Batch:
@@ -193,26 +196,33 @@ class Dust3r:
         return self.scene_pairs("train", indices)
 
     def both_ways(self, batch: Batch) -> Batch:
-        """The pairs followed by the same pairs with their views swapped, points in the new first camera's frame."""
+        """Each pair followed by itself with its views swapped, points in the new first camera's frame."""
         rotation, centre = batch["pose"][:, :3, :3], batch["pose"][:, :3, 3]
         local = torch.einsum("bvhwi,bij->bvhwj", batch["points"] - centre[:, None, None, None], rotation)
         return {
-            "image": torch.cat([batch["image"], batch["image"].flip(1)]),
-            "points": torch.cat([batch["points"], local.flip(1)]),
+            "image": _alternating(torch.cat([batch["image"], batch["image"].flip(1)])),
+            "points": _alternating(torch.cat([batch["points"], local.flip(1)])),
         }
 
     # ------------------------------------------------------------------ forward and losses
-    def forward(self, model: nn.Module, batch: Batch, symmetric: bool = False) -> Outputs:
-        """Pointmaps and hidden states by name; with `symmetric` of the batch and of its swapped views (2B)."""
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Pointmaps and hidden states by name.
+
+        Where every second pair is the one before with its views swapped, each image is encoded once.
+        """
         assert isinstance(model, DUSt3R)
-        first, second = self.inputs(batch)
+        forth, back = batch["image"][0::2], batch["image"][1::2]
+        symmetric = torch.equal(forth.flip(1), back)
+        first, second = self.inputs({"image": forth} if symmetric else batch)
         (pts1, conf1, pts2, conf2), states = model.features(first, second, symmetric=symmetric)
-        return {"pts1": pts1, "conf1": conf1, "pts2": pts2, "conf2": conf2, **states}
+        outputs = {"pts1": pts1, "conf1": conf1, "pts2": pts2, "conf2": conf2, **states}
+        return {name: _alternating(value) for name, value in outputs.items()} if symmetric else outputs
 
     def teacher_outputs(self, teacher: nn.Module, batch: Batch) -> Batch:
         """Normalised pointmaps, confidences and hidden states of the teacher, float16."""
         with torch.no_grad():
-            out = self.forward(teacher, batch)
+            parts = [self.forward(teacher, {"image": part}) for part in torch.split(batch["image"], TEACHER_BATCH)]
+        out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         pts1, pts2 = _normalised(out)
         kept = {"pts1": pts1, "pts2": pts2, "conf1": out["conf1"], "conf2": out["conf2"]}
         kept |= {f"state_{name}": out[name] for name in STATES}
@@ -230,7 +240,8 @@ class Dust3r:
 
     def pretraining_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The task loss over both directions of each pair; `batch` is of :meth:`scene_pairs`."""
-        return self.task_loss(self.forward(model, batch, symmetric=True), self.both_ways(batch))
+        both = self.both_ways(batch)
+        return self.task_loss(self.forward(model, both), both)
 
     def signals(self) -> list[Signal]:
         """`kl` with weight beta and `feature` with weight gamma, where their weights are not zero."""
@@ -316,6 +327,11 @@ class Deployed(nn.Module):
     def forward(self, img1: Tensor, img2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pointmaps in the first camera's frame."""
         return self.model.pointmaps(img1, img2)
+
+
+def _alternating(both: Tensor) -> Tensor:
+    """(2B, ...), B pairs followed by the same ones swapped -> each pair followed by itself swapped."""
+    return torch.stack(both.chunk(2), dim=1).flatten(0, 1)
 
 
 def _normalised(outputs: Outputs) -> tuple[Tensor, Tensor]:
