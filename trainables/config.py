@@ -82,7 +82,7 @@ class TrainingSettings(Settings):
     teacher: Annotated[str, AfterValidator(_absolute)] = "shipped"
     epochs: Count = 30
     pairs_per_epoch: Count = 1536
-    train_pairs: Count = 16384
+    train_pairs: Count = 20480
     batch_size: int = Field(32, ge=2, multiple_of=2)  # both directions of a pair of images
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: float = Field(2e-3, gt=0)
