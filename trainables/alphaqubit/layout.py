@@ -11,7 +11,6 @@ hold X stabilizers only, columns 0 and d Z stabilizers only. Data qubit (i, j), 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,10 +119,7 @@ def layout_of(source: stim.Circuit | stim.DetectorErrorModel, basis: str | None 
 def _place(points: np.ndarray, turned: bool, basis: str | None) -> Placement | None:
     """The placement of (D, 3) coordinates read in one of the two ways, None where they do not fit it."""
     place, time = points[:, :2], points[:, 2] - points[:, 2].min()
-    if turned:
-        place = np.stack([place.sum(1), place[:, 0] - place[:, 1]], 1)
-    else:
-        place = place[:, ::-1]
+    place = np.stack([place.sum(1), place[:, 0] - place[:, 1]], 1) if turned else place[:, ::-1]
     half = (place - place.min(0)) / 2
     if (half % 1).any() or (time % 1).any() or time.max() < 1:
         return None
@@ -167,8 +163,3 @@ def _basis_of(first: np.ndarray, distance: int) -> str | None:
     if len(parities) != 1 or 2 * len(first) != distance**2 - 1:
         return None
     return "X" if parities == {1} else "Z"
-
-
-def distance_of(stabilizers: int) -> int:
-    """d of a code with d^2 - 1 stabilizers."""
-    return math.isqrt(stabilizers + 1)

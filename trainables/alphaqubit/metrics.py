@@ -59,7 +59,7 @@ def ler_per_round(
         drawn = np.random.default_rng(seed).binomial(counts, error, (RESAMPLES, len(error))) / counts
         # A resample can reach one half; it then counts as half a shot below, and log F stays finite.
         drawn = np.minimum(drawn, 0.5 - 0.5 / counts)
-        low, high = np.quantile([_fit(n, one)[0] for one in drawn], [0.025, 0.975]).tolist()
+        low, high = np.quantile(-np.expm1(_slope(n, np.log1p(-2 * drawn))) / 2, [0.025, 0.975]).tolist()
     return RoundFit(eps, f0, r2, low, high)
 
 
@@ -86,10 +86,15 @@ def expected_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray, 
     return float(np.abs(gap).sum() / len(probabilities))
 
 
+def _slope(n: np.ndarray, log_f: np.ndarray) -> np.ndarray:
+    """Least-squares slope over the last axis."""
+    centred = n - n.mean()
+    return np.asarray(log_f @ centred / (centred**2).sum())
+
+
 def _fit(n: np.ndarray, error: np.ndarray) -> tuple[float, float, float]:
     log_f = np.log1p(-2 * error)
-    centred = n - n.mean()
-    slope = float((centred * log_f).sum() / (centred**2).sum())
+    slope = float(_slope(n, log_f))
     start = float(log_f.mean() - slope * n.mean())
     rest = float(((log_f - start - slope * n) ** 2).sum())
     total = float(((log_f - log_f.mean()) ** 2).sum())
