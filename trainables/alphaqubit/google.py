@@ -1,0 +1,255 @@
+"""Readers of the surface-code data that Google published: the Sycamore and the Willow folders.
+
+Sycamore (Zenodo 6804040): surface_code_b{X|Z}_d{d}_r{rounds}_center_{row}_{column}/ with properties.yml, *.b8 and *.01.
+Willow (Zenodo 13273331): d{d}_at_q{row}_{column}/{X|Z}/r{rounds}/ with metadata.json, *.b8 and decoding_results/. The
+rounds are padded with zeros in some copies and not in others; both are found.
+
+b8: ceil(n/8) bytes per shot, lowest bit first. 01: n characters and a newline per shot. n comes from
+circuit_ideal.stim. Nothing in these files is executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import stim
+import yaml
+
+from engines.errors import InputError
+from trainables.alphaqubit.layout import Placement, layout_of
+
+_SYCAMORE = re.compile(r"surface_code_b(?P<basis>[XZ])_d(?P<distance>\d+)_r(?P<rounds>\d+)_center_\d+_\d+")
+_WILLOW = re.compile(r"d(?P<distance>\d+)_at_q\d+_\d+/(?P<basis>[XZ])/r(?P<rounds>\d+)")
+_PREDICTED = "obs_flips_predicted_by_"
+_PROPERTIES, _METADATA = "properties.yml", "metadata.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """One experiment: N shots of R rounds on S stabilizers.
+
+    source: 'sycamore' or 'willow'. properties: the folder's own description. circuit: as run, without noise, with the
+    device's coordinates. noisy: with the noise model that was shipped, None where there is none. flat: detection events
+    (N, D) in the circuit's order. events, measurements: (N, R+1, S), see
+    :class:`~trainables.alphaqubit.layout.Placement`. label: (N, 1), whether the observable flipped. predictions: (N, 1)
+    by the name of the decoder that was shipped with them, dems: error models by file or decoder. Arrays are uint8.
+    """
+
+    folder: Path
+    source: str
+    properties: Mapping[str, Any]
+    basis: str
+    circuit: stim.Circuit
+    noisy: stim.Circuit | None
+    placement: Placement
+    flat: np.ndarray
+    events: np.ndarray
+    measurements: np.ndarray
+    label: np.ndarray
+    predictions: Mapping[str, np.ndarray]
+    dems: Mapping[str, stim.DetectorErrorModel]
+
+
+def find(
+    root: Path, distance: int | None = None, basis: str | None = None, rounds: int | None = None
+) -> tuple[Path, ...]:
+    """Folders of experiments under root, sorted by name, those asked for. InputError where there are none."""
+    if not root.is_dir():
+        raise InputError(f"{root} is no folder: give the one that the data set was unpacked into")
+    found = []
+    for marker in (_PROPERTIES, _METADATA):
+        for path in root.rglob(marker):
+            named = _named(path.parent)
+            wanted = {"distance": distance, "basis": basis, "rounds": rounds}
+            if named and all(value is None or named[key] == value for key, value in wanted.items()):
+                found.append(path.parent)
+    if not found:
+        raise InputError(
+            f"{root} holds no experiment of distance={distance}, basis={basis}, rounds={rounds}: expected folders "
+            "surface_code_bX_d3_r03_center_3_5 (Sycamore) or d3_at_q4_7/X/r13 (Willow)"
+        )
+    return tuple(sorted(found))
+
+
+def read(folder: Path) -> Recorded:
+    """The experiment in a folder. InputError names the file that is missing, short or disagrees with the others."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: expected one of a Sycamore or Willow experiment")
+    willow = not (folder / _PROPERTIES).is_file()
+    if willow and not (folder / _METADATA).is_file():
+        raise InputError(f"{folder / _METADATA} is missing, and so is {_PROPERTIES}: expected one of the two")
+    described = folder / (_METADATA if willow else _PROPERTIES)
+    properties = _properties(described)
+    wanted = _wanted(folder, described, properties)
+    circuit = _circuit(folder / "circuit_ideal.stim")
+    try:
+        placement = layout_of(circuit, wanted["basis"])
+    except InputError as error:
+        raise InputError(f"{folder / 'circuit_ideal.stim'}: {error}") from None
+    layout = placement.layout
+    for name, value in (("distance", layout.distance), ("rounds", placement.rounds)):
+        if value != wanted[name]:
+            raise InputError(f"{described} says {name}={wanted[name]} but circuit_ideal.stim has {value}: one is wrong")
+    if circuit.num_observables != 1:
+        raise InputError(f"{folder / 'circuit_ideal.stim'} has {circuit.num_observables} observables: expected 1")
+    shots = wanted["shots"]
+    flat = _b8(folder / "detection_events.b8", circuit.num_detectors, shots)
+    shots = len(flat)
+    label = _b8(folder / "obs_flips_actual.b8", 1, shots) if willow else _text(folder / "obs_flips_actual.01", 1, shots)
+    _compare(folder, circuit, "sweep_bits.b8" if willow else "sweep.b8", flat, label)
+    predictions, dems = (_willow if willow else _sycamore)(folder, circuit, shots)
+    noisy = folder / ("circuit_noisy_si1000.stim" if willow else "circuit_noisy.stim")
+    events = placement.to_grid(flat)
+    return Recorded(
+        folder=folder,
+        source="willow" if willow else "sycamore",
+        properties=properties,
+        basis=wanted["basis"],
+        circuit=circuit,
+        noisy=_circuit(noisy) if noisy.is_file() else None,
+        placement=placement,
+        flat=flat,
+        events=events,
+        measurements=placement.measurements(events),
+        label=label,
+        predictions=predictions,
+        dems=dems,
+    )
+
+
+def _named(folder: Path) -> dict[str, Any]:
+    """distance, basis and rounds by the folder's name, empty where it follows neither scheme."""
+    match = _SYCAMORE.fullmatch(folder.name) or _WILLOW.fullmatch("/".join(folder.absolute().parts[-3:]))
+    if match is None:
+        return {}
+    return {"distance": int(match["distance"]), "basis": match["basis"], "rounds": int(match["rounds"])}
+
+
+def _properties(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}): get the file again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no table of keys and values: get the file again")
+    return values
+
+
+def _wanted(folder: Path, described: Path, properties: Mapping[str, Any]) -> dict[str, Any]:
+    """basis, distance, rounds and shots (None where nothing says it), from the description, then the folder's name."""
+    wanted = {
+        **_named(folder),
+        **{key: properties[key] for key in ("basis", "rounds", "distance") if key in properties},
+    }
+    for key in ("basis", "rounds", "distance"):
+        if key not in wanted:
+            raise InputError(f"{described} has no key {key!r} and the folder's name does not tell it either")
+    shots = wanted["shots"] = properties.get("shots")
+    for key in ("rounds", "distance", *(["shots"] if shots is not None else [])):
+        if not isinstance(wanted[key], int) or wanted[key] < 1:
+            raise InputError(f"{described}: {key}={wanted[key]!r} is no number of 1 or more")
+    if wanted["basis"] not in ("X", "Z"):
+        raise InputError(f"{described}: basis={wanted['basis']!r} is unknown, expected X or Z")
+    return wanted
+
+
+def _text_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        raise InputError(f"{path} is missing or cannot be read: get the experiment's folder again") from None
+
+
+def _circuit(path: Path) -> stim.Circuit:
+    try:
+        return stim.Circuit(_text_of(path).decode())
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{path} is no stim circuit ({str(error).splitlines()[0]}): get the file again") from None
+
+
+def _dem(path: Path, circuit: stim.Circuit) -> stim.DetectorErrorModel:
+    try:
+        dem = stim.DetectorErrorModel(_text_of(path).decode())
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{path} is no error model ({str(error).splitlines()[0]}): get the file again") from None
+    if dem.num_detectors != circuit.num_detectors:
+        raise InputError(
+            f"{path} has {dem.num_detectors} detectors but circuit_ideal.stim has {circuit.num_detectors}: one is wrong"
+        )
+    return dem
+
+
+def _b8(path: Path, bits: int, shots: int | None) -> np.ndarray:
+    """(shots, bits) uint8. shots None: as many as there are."""
+    content = np.frombuffer(_text_of(path), np.uint8)
+    width = -(-bits // 8)
+    count = len(content) // width if shots is None else shots
+    if len(content) != count * width or count < 1:
+        raise InputError(
+            f"{path} has {len(content)} bytes: expected {width} for each of {'1 or more' if shots is None else count} "
+            f"shots of {bits} bits"
+        )
+    values: np.ndarray = np.unpackbits(content.reshape(count, width), axis=1, bitorder="little")
+    if values[:, bits:].any():
+        raise InputError(f"{path} has bits beyond the {bits} of a shot: it belongs to another circuit")
+    return values[:, :bits]
+
+
+def _text(path: Path, bits: int, shots: int) -> np.ndarray:
+    """(shots, bits) uint8 of a file in format 01."""
+    content = np.frombuffer(_text_of(path).replace(b"\r\n", b"\n"), np.uint8)
+    if len(content) == shots * (bits + 1) - 1:
+        content = np.append(content, np.uint8(ord("\n")))
+    if len(content) != shots * (bits + 1):
+        raise InputError(
+            f"{path} has {len(content)} characters: expected {bits} and a newline for each of {shots} shots"
+        )
+    lines = content.reshape(shots, bits + 1)
+    values = lines[:, :bits] - np.uint8(ord("0"))
+    if (values > 1).any() or (lines[:, bits] != ord("\n")).any():
+        raise InputError(f"{path} is not of format 01: expected lines of {bits} characters 0 or 1")
+    return values
+
+
+def _compare(folder: Path, circuit: stim.Circuit, sweep_name: str, flat: np.ndarray, label: np.ndarray) -> None:
+    """Where the raw measurements are there, they must give the events and flips that stand beside them."""
+    path = folder / "measurements.b8"
+    if not path.is_file():
+        return
+    measured = _b8(path, circuit.num_measurements, len(flat)).astype(bool)
+    sweep = None
+    if circuit.num_sweep_bits:
+        sweep = _b8(folder / sweep_name, circuit.num_sweep_bits, len(flat)).astype(bool)
+    converted = circuit.compile_m2d_converter().convert(
+        measurements=measured, sweep_bits=sweep, separate_observables=True
+    )
+    for name, found, given in (("detection_events", converted[0], flat), ("obs_flips_actual", converted[1], label)):
+        wrong = int((found != given).any(1).sum())
+        if wrong:
+            raise InputError(f"{path} disagrees with {name} in {wrong} of {len(flat)} shots: the files are of two runs")
+
+
+def _sycamore(
+    folder: Path, circuit: stim.Circuit, shots: int
+) -> tuple[dict[str, np.ndarray], dict[str, stim.DetectorErrorModel]]:
+    predicted = sorted(folder.glob(f"{_PREDICTED}*.01"))
+    predictions = {path.stem.removeprefix(_PREDICTED): _text(path, 1, shots) for path in predicted}
+    return predictions, {path.stem: _dem(path, circuit) for path in sorted(folder.glob("*.dem"))}
+
+
+def _willow(
+    folder: Path, circuit: stim.Circuit, shots: int
+) -> tuple[dict[str, np.ndarray], dict[str, stim.DetectorErrorModel]]:
+    predictions, dems = {}, {}
+    for path in sorted(folder.glob("decoding_results/*/")):
+        if (path / "error_model.dem").is_file():
+            dems[path.name] = _dem(path / "error_model.dem", circuit)
+        predictions[path.name] = _b8(path / "obs_flips_predicted.b8", 1, shots)
+    return predictions, dems
