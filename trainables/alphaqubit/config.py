@@ -85,10 +85,22 @@ def from_data(data: Mapping[str, Any]) -> Config:
 _PAPER = {"layers": 3, "heads": 4, "key_dim": 32, "widening": 5, "bias_dim": 48, "bias_layers": 8, "embed_layers": 2}
 PRESETS = {
     "sycamore": Config(
-        **_PAPER, dim=320, conv_channels=160, dilations=(1, 1, 1), readout_dim=64, readout_layers=16, next_stabilizer=True
+        **_PAPER,
+        dim=320,
+        conv_channels=160,
+        dilations=(1, 1, 1),
+        readout_dim=64,
+        readout_layers=16,
+        next_stabilizer=True,
     ),
     "scaling": Config(
-        **_PAPER, dim=256, conv_channels=128, dilations=(1, 2, 4), readout_dim=32, readout_layers=4, next_stabilizer=True
+        **_PAPER,
+        dim=256,
+        conv_channels=128,
+        dilations=(1, 2, 4),
+        readout_dim=32,
+        readout_layers=4,
+        next_stabilizer=True,
     ),
     "teacher": Config(),
     "student": Config(

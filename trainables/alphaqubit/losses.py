@@ -31,7 +31,10 @@ def label_loss(logits: Tensor, labels: Tensor, outputs: str) -> Tensor:
     """Cross entropy of logits (..., K) with labels in nats, mean over all flips: (..., K) bits, or for 'ixyz' the
     class (..., 1).
     """
-    if logits.shape[-1] != OUTPUTS[outputs] or labels.shape != (*logits.shape[:-1], 1 if outputs == "ixyz" else logits.shape[-1]):
+    if logits.shape[-1] != OUTPUTS[outputs] or labels.shape != (
+        *logits.shape[:-1],
+        1 if outputs == "ixyz" else logits.shape[-1],
+    ):
         raise InputError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} don't fit outputs={outputs!r}")
     if outputs == "ixyz":
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten().long())
