@@ -149,7 +149,7 @@ class GatedDense(nn.Module):
 
 
 class ConvConstants(NamedTuple):
-    """A convolution as one matrix (S * channels in, cells out * channels out) and its bias (cells out * channels out)."""
+    """A convolution as one matrix (S * channels in, cells out * channels out), and its bias, one per column."""
 
     matrix: Tensor
     bias: Tensor
