@@ -85,6 +85,23 @@ def grid_cells(distance: int) -> np.ndarray:
     return np.array(sorted(inside + rows + columns), np.int64)
 
 
+def rotated(distance: int, basis: str) -> Layout:
+    """The layout of a code of this distance; basis 'X', 'Z' or 'XZ'. InputError for what is none."""
+    if distance < 3 or distance % 2 == 0:
+        raise InputError(f"distance={distance}: expected an odd number of at least 3")
+    if basis not in ("X", "Z", BOTH):
+        raise InputError(f"basis={basis!r}: expected 'X', 'Z' or '{BOTH}'")
+    cells = grid_cells(distance)
+    return Layout(distance, basis, cells, _on_basis(cells, basis))
+
+
+def _on_basis(cells: np.ndarray, basis: str) -> np.ndarray:
+    """(S,) bool: the stabilizers that an experiment of this basis fixes at its beginning and end."""
+    parity = cells.sum(1) % 2
+    on: np.ndarray = np.ones(len(cells), bool) if basis == BOTH else parity == (basis == "X")
+    return on
+
+
 def layout_of(source: stim.Circuit | stim.DetectorErrorModel, basis: str | None = None) -> Placement:
     """The layout behind a circuit's or DEM's detectors, and where each detector belongs.
 
@@ -143,8 +160,8 @@ def _place(points: np.ndarray, turned: bool, basis: str | None) -> Placement | N
             raise InputError(f"basis={basis} but the detectors are of basis {found}: give the basis of the experiment")
         cells = np.stack([cells[:, 1], distance - cells[:, 0]], 1)
         found = basis
-    parity = grid_cells(distance).sum(1) % 2
-    on = np.ones(len(parity), bool) if found == BOTH else parity == (found == "X")
+    layout = rotated(distance, found)
+    on = layout.on_basis
     slot = np.array([known[i, j] for i, j in cells.tolist()])
     expected = np.ones((rounds + 1, len(on)), bool)
     expected[[0, -1]] = on
@@ -152,7 +169,7 @@ def _place(points: np.ndarray, turned: bool, basis: str | None) -> Placement | N
     np.add.at(count, (layer, slot), 1)
     if not np.array_equal(count, expected):
         return None
-    return Placement(Layout(distance, found, grid_cells(distance), on), rounds, layer, slot)
+    return Placement(layout, rounds, layer, slot)
 
 
 def _basis_of(first: np.ndarray, distance: int) -> str | None:
