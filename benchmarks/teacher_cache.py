@@ -27,7 +27,7 @@ PAIRS = 512
 
 def student(folder: Path, name: str, beta: float) -> Distill:
     """A student in training, without the KL term where beta is 0."""
-    values = dict(resolve([WORKLOAD, DISTILL], "small", {"train_pairs": PAIRS, "val_pairs": 32}).values)
+    values = dict(resolve([WORKLOAD, DISTILL], "small", {"train_samples": PAIRS, "val_pairs": 32}).values)
     config: dict[str, Any] = {
         "trial_id": name, "state_dir": str(folder / name), "cache_dir": str(folder / "cache"),
         "domain": "dust3r", "params": {"T": 3.0, "beta": beta, "gamma": 0.0}, "settings": values, "seed": 0,

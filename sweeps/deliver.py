@@ -110,7 +110,7 @@ def found_effects(sweep: Sweep, ledger: Ledger) -> dict[str, Any]:
 
 def write_workload(ledger: Ledger, resolved: Resolved) -> None:
     """workload.yaml: the protocol, its hash, and the pairs that follow from it, so that others can measure the same."""
-    if WORKLOAD.name in resolved.models:
+    if resolved.workload:
         data = {"workload_hash": resolved.workload_hash, **resolved.workload, **resolved.sampled}
         text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
         _put(ledger.folder / WORKLOAD.name, lambda path: path.write_text(text))

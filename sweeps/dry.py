@@ -51,7 +51,7 @@ def show(
         seen = [trial for trial in known.trials.values() if trial.role == "trial"]
         epochs -= sum(trial.epoch if trial.stop is None else rule.max_evals for trial in seen)
         work += f", of which {epochs} epochs are left"
-    pairs = resolved.values.get("pairs_per_epoch")
+    pairs = resolved.values.get("samples_per_epoch")
     if pairs:
         work += f" x {pairs} pairs = {epochs * pairs:,} pairs"
     console.print(f"Training: {work}; {_time(sweep, folder.parent, resolved, epochs)}", soft_wrap=True)
@@ -59,7 +59,7 @@ def show(
 
 def _time(sweep: Sweep, storage: Path, resolved: Resolved, epochs: int) -> str:
     """Hours from the epochs of earlier sweeps of the same size, else from what a sample once cost on a CPU."""
-    size = ("image_size", "pairs_per_epoch", "batch_size")
+    size = ("image_size", "samples_per_epoch", "batch_size")
     seconds: list[float] = []
     for path in storage.glob(f"*/{NAME}"):
         with contextlib.suppress(InputError):  # another sweep's damaged journal is not this one's concern
@@ -69,7 +69,7 @@ def _time(sweep: Sweep, storage: Path, resolved: Resolved, epochs: int) -> str:
                 for trial in state.trials.values():
                     seconds += [metrics["epoch_s"] for _, metrics in trial.results if metrics.get("epoch_s", 0) > 0]
     if not seconds and sweep.sample_cpu_s and resolved.profile != "full":
-        hours = epochs * resolved.values["pairs_per_epoch"] * sweep.sample_cpu_s / 3600
+        hours = epochs * resolved.values["samples_per_epoch"] * sweep.sample_cpu_s / 3600
         return f"about {hours:.1f} CPU-hours at {1000 * sweep.sample_cpu_s:.0f} ms per pair, as it once took"
     if not seconds:
         return f"time unknown: no sweep of this size was run in {storage} yet"

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sweeps.journal import SweepState, TrialState
-from sweeps.settings import flat_params
-from trainables.config import WorkloadSettings
+from sweeps.settings import WORKLOADS, flat_params
 
 Point = tuple[str, float, int, int]  # name, value, ms since the epoch, step
 
@@ -75,7 +74,7 @@ def params(state: SweepState, trial: TrialState | None) -> dict[str, str]:
 
 def _training(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the settings say of training, for what a trial leaves to them: else comparisons of runs would have holes."""
-    other = {"search", "seed", *WorkloadSettings.model_fields}
+    other = {"search", "seed", *(key for file in WORKLOADS for key in file.model.model_fields)}
     own = {
         key: value for key, value in settings.items() if key not in other and not key.startswith(("gate_", "trial "))
     }

@@ -20,7 +20,20 @@ from pydantic import BaseModel, ValidationError
 
 from engines.errors import InputError
 from sweeps.spec import SettingsFile
-from trainables.config import DistillSettings, PretrainSettings, PruneSettings, QuantSettings, WorkloadSettings
+from trainables.alphaqubit.settings import (
+    DecoderFusionSettings,
+    DecoderPretrainSettings,
+    DecoderSettings,
+    DecoderWorkload,
+)
+from trainables.config import (
+    DistillSettings,
+    PretrainSettings,
+    PruneSettings,
+    QuantSettings,
+    Workload,
+    WorkloadSettings,
+)
 from trainables.schedules import Schedule
 
 PROFILES = ("demo", "small", "full")
@@ -29,6 +42,11 @@ DISTILL = SettingsFile("distill.yaml", DistillSettings)
 QUANT = SettingsFile("quant.yaml", QuantSettings)
 PRUNE = SettingsFile("prune.yaml", PruneSettings)
 PRETRAIN = SettingsFile("pretrain.yaml", PretrainSettings)
+DECODER_WORKLOAD = SettingsFile("decoder_workload.yaml", DecoderWorkload)
+WORKLOADS = (WORKLOAD, DECODER_WORKLOAD)
+DECODER = SettingsFile("alphaqubit.yaml", DecoderSettings)
+DECODER_FUSION = SettingsFile("decoder_fusion.yaml", DecoderFusionSettings)
+DECODER_PRETRAIN = SettingsFile("decoder_pretrain.yaml", DecoderPretrainSettings)
 
 
 @dataclass(frozen=True)
@@ -49,8 +67,8 @@ class Resolved:
     @property
     def workload(self) -> dict[str, Any]:
         """The part that says how everything is measured."""
-        model = self.models.get(WORKLOAD.name)
-        return model.model_dump(mode="json") if model else {}
+        models = [model for model in self.models.values() if isinstance(model, Workload)]
+        return models[0].model_dump(mode="json") if models else {}
 
     @property
     def workload_hash(self) -> str:

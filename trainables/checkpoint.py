@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import random
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from engines.errors import InputError
 
@@ -64,6 +66,31 @@ def load(path: Path, what: str = "checkpoint") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{what} {path} holds a {type(content).__name__}, expected a dictionary with 'model'")
     return content
+
+
+def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Constructor arguments and weights from a .pth of :func:`save` or a .safetensors with its config in the header.
+
+    Raises InputError for a file that is missing, damaged or of another kind.
+    """
+    if path.suffix != ".safetensors":
+        content = load(path, "model")
+        if "config" not in content or "model" not in content:
+            keys = ", ".join(map(str, list(content)[:5]))
+            raise InputError(f"{path}: expected the keys 'model' and 'config', found {keys}")
+        return content["config"], content["model"]
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"model {path} cannot be read ({error}); it is missing or truncated") from None
+    if "config" not in header:
+        raise InputError(f"{path}: its header holds no 'config', so the architecture is unknown")
+    try:
+        return json.loads(header["config"]), weights
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: the 'config' in its header is not JSON ({error}); save the file again") from None
 
 
 def model_hash(model: nn.Module) -> str:

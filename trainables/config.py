@@ -32,22 +32,28 @@ class Settings(BaseModel):
         return cls(**{key: value for key, value in values.items() if key in cls.model_fields})
 
 
-class WorkloadSettings(Settings):
-    """The fixed measuring protocol; its hash is the workload's identity."""
+class Workload(Settings):
+    """The fixed measuring protocol, its hash is the workload's identity; every domain adds what it measures on."""
+
+    primary: str
+    workload_seed: int = Field(42, ge=0)
+    warmup: int = Field(5, ge=0)
+    repeats: int = Field(60, ge=5)
+    threads: Count = 1
+    peers: bool = False
+
+
+class WorkloadSettings(Workload):
+    """DUSt3R's protocol."""
 
     data: Literal["rooms"] = "rooms"
     image_size: str = "64x64"
-    workload_seed: int = Field(42, ge=0)
     sampled_pairs: Count = 20
     neighbours: Count = 4
     views_per_scene: int = Field(8, ge=2)
     val_pairs: int = Field(512, ge=2)
     test_pairs: int = Field(2048, ge=2)
     primary: Literal["absrel", "chamfer", "rmse", "delta1"] = "absrel"
-    warmup: int = Field(5, ge=0)
-    repeats: int = Field(60, ge=5)
-    threads: Count = 1
-    peers: bool = False
 
     @field_validator("image_size")
     @classmethod
@@ -71,18 +77,21 @@ class WorkloadSettings(Settings):
         return self
 
 
-def _absolute(model: str) -> str:
+WORDS = ("shipped", "teacher", "scratch", "none")  # what a setting may say in place of a path
+
+
+def absolute(model: str) -> str:
     """A path as every process finds it: workers of a cluster have another working directory."""
-    return model if model in ("shipped", "teacher") else str(Path(model).expanduser().absolute())
+    return model if model in WORDS else str(Path(model).expanduser().absolute())
 
 
 class TrainingSettings(Settings):
     """How a model is trained on the task and on its teacher's outputs; a trial overrides the keys that it searches."""
 
-    teacher: Annotated[str, AfterValidator(_absolute)] = "shipped"
+    teacher: Annotated[str, AfterValidator(absolute)] = "shipped"
     epochs: Count = 30
-    pairs_per_epoch: Count = 1536
-    train_pairs: Count = 20480
+    samples_per_epoch: Count = 1536
+    train_samples: Count = 20480
     batch_size: int = Field(32, ge=2, multiple_of=2)  # both directions of a pair of images
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: float = Field(2e-3, gt=0)
@@ -99,7 +108,7 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _batches(self) -> Self:
-        for name in ("pairs_per_epoch", "train_pairs"):
+        for name in ("samples_per_epoch", "train_samples"):
             if getattr(self, name) < self.batch_size:
                 raise ValueError(f"batch_size={self.batch_size} is larger than {name}={getattr(self, name)}")
         return self
@@ -127,7 +136,7 @@ class DistillSettings(TrainingSettings):
 class QuantSettings(TrainingSettings):
     """How a model is quantized: the policy of engines/policy.py, and the training where rounding loses too much."""
 
-    model: Annotated[str, AfterValidator(_absolute)] = "teacher"
+    model: Annotated[str, AfterValidator(absolute)] = "teacher"
     gamma: float = Field(0.0, ge=0)
     bits_w: int = 8
     bits_a: int = 8
@@ -202,7 +211,7 @@ class PretrainSettings(Settings):
     """How a small teacher is trained from scratch."""
 
     epochs: Count = 48
-    pairs_per_epoch: Count = 4096
+    samples_per_epoch: Count = 4096
     batch_size: int = Field(32, ge=2, multiple_of=2)
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: float = Field(2e-3, gt=0)

@@ -32,7 +32,7 @@ class Distill(Training):
         cache = Path(self.config["cache_dir"])
         self.signals = self.domain.signals()
         states = any(signal.states for signal in self.signals)
-        self.cache = TeacherCache(cache, make, self.settings["train_pairs"], states)
+        self.cache = TeacherCache(cache, make, self.settings["train_samples"], states)
         self.reference = teacher_metrics(cache, self.domain, "val", full=False)[self.domain.primary]
         self.model = self._student(cache)
         self.heads = self.domain.adapters() if states else nn.ModuleDict()
@@ -40,7 +40,7 @@ class Distill(Training):
 
     def _student(self, cache: Path) -> nn.Module:
         """The student to start from; a state that is about to be restored needs no inheritance."""
-        if self.settings["init"] != "inherit" or (self.folder / "state.pt").exists():
+        if self.settings.get("init") != "inherit" or (self.folder / "state.pt").exists():
             return self.domain.student(inherit=False)
         return inherited(cache, self.domain)
 

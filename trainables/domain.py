@@ -19,7 +19,10 @@ from trainables.schedules import Schedule
 Batch = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 
-DOMAINS = {"dust3r": "trainables.dust3r.domain:Dust3r"}
+DOMAINS = {
+    "dust3r": "trainables.dust3r.domain:Dust3r",
+    "alphaqubit": "trainables.alphaqubit.domain:AlphaQubit",
+}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from engines.footprint import params_M
 from engines.latency import environment
 from trainables import checkpoint, deploy
 from trainables.checkpoint import model_hash
-from trainables.config import PruneSettings, QuantSettings
+from trainables.config import WORDS, PruneSettings, QuantSettings
 from trainables.deploy import Job, domain_of, model_of
 from trainables.domain import Domain, make_domain
 from trainables.gates import Drop, paired_drop
@@ -38,7 +38,7 @@ def identify(job: Job) -> tuple[dict[str, str], dict[str, Any]]:
     """
     domain, model = domain_of(job), job["settings"].get("model", "teacher")
     contents = {"teacher": model_hash(domain.teacher())}
-    if model != "teacher":
+    if model not in WORDS:
         contents["model"] = model_hash(domain.load(Path(model)))
     return contents, domain.sampled()
 
@@ -61,7 +61,7 @@ def prepare(job: Job) -> None:
             deploy.choices_of(domain, deploy.source(domain, settings["model"]), *wanted)
             return  # rounding alone may do, and then no training sample is ever needed
         states = any(signal.states for trial in trials for signal in trial.signals())
-        shared = TeacherCache(cache, partial(domain_of, job), settings["train_pairs"], states)
+        shared = TeacherCache(cache, partial(domain_of, job), settings["train_samples"], states)
         shared.build(int(environment()["cores"] or 1), partial(_report, job))
 
 
@@ -116,7 +116,7 @@ def _deployed(job: Job, domain: Domain, model: nn.Module) -> tuple[nn.Module, di
 def _lineage(job: Job, domain: Domain, own: dict[str, Tensor], reference: str) -> tuple[str, dict[str, float]]:
     """Where a model comes from: the teacher, or the student that it is an INT8 form of, with the drop against that."""
     name = job["settings"].get("model", "teacher")
-    if name == "teacher":
+    if name in WORDS:
         return reference, {}
     source = domain.load(Path(name)).eval()
     change = _drop(job, domain, own, domain.evaluate(source, "test", full=True))

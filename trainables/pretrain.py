@@ -29,15 +29,15 @@ class Pretrain(Training):
         return self.domain.lower_is_better
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Pairs of fresh scenes, half a batch of scenes for a batch of directed pairs."""
-        scenes = self.settings["batch_size"] // 2
-        first = (epoch - 1) * self.steps_per_epoch * scenes
+        """Fresh samples; of a scene both directions count."""
+        groups = self.settings["batch_size"] // self.domain.group
+        first = (epoch - 1) * self.steps_per_epoch * groups
         for step in range(self.steps_per_epoch):
-            start = first + step * scenes
-            yield self.domain.pretraining_samples(torch.arange(start, start + scenes))
+            start = first + step * groups
+            yield self.domain.pretraining_samples(torch.arange(start, start + groups))
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The task loss over both directions."""
+        """The domain's loss of a teacher."""
         return self.domain.pretraining_loss(self.model, batch), {}
 
     def validate(self) -> dict[str, float]:

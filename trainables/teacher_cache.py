@@ -116,7 +116,7 @@ class _Filler:
         if size > 0.95 * free:
             raise InputError(
                 f"the teacher cache needs {size / 1e9:.1f} GB in {self.folder.parent}, which has "
-                f"{free / 1e9:.1f} GB free: choose another --storage or a smaller train_pairs={self.count}"
+                f"{free / 1e9:.1f} GB free: choose another --storage or a smaller train_samples={self.count}"
             )
         for name, value in probe.items():
             path = self.folder / f"{name}.npy"

@@ -77,7 +77,7 @@ class Training(Trainable):
         self.build()
         self._seed_all()  # what building drew depends on what other trials had left in the cache
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.steps_per_epoch = max(1, self.settings["pairs_per_epoch"] // self.settings["batch_size"])
+        self.steps_per_epoch = max(1, self.settings["samples_per_epoch"] // self.settings["batch_size"])
         self.ready()
         for left in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)

@@ -77,7 +77,7 @@ def test_trial_that_has_run_all_its_epochs_repeats_its_last_report(tiny, kind):
 
 
 def test_batches_pass_over_the_whole_cache_again_and_again(tiny):
-    trial = Distill(tiny.config("a", pairs_per_epoch=24, train_pairs=40, batch_size=8))
+    trial = Distill(tiny.config("a", samples_per_epoch=24, train_samples=40, batch_size=8))
     rows = []
     trial.cache.rows = lambda indices: rows.append(indices.tolist())
     for epoch in (1, 2, 3, 4, 5):
@@ -173,7 +173,7 @@ def test_drop_is_against_the_teacher(tiny):
 
 @pytest.mark.parametrize(("poisoned_after", "best"), [(0, False), (1, True)])
 def test_nan_in_the_data_is_divergence(tiny, poisoned_after, best):
-    config = tiny.config("a", train_pairs=24)
+    config = tiny.config("a", train_samples=24)
     folder = Path(config["state_dir"])
     trial = Distill(config)
     history = [trial.step()["val_drop"] for _ in range(poisoned_after)]

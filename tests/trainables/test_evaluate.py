@@ -42,7 +42,7 @@ def student(tiny, tmp_path):
 
 
 def test_preparing_leaves_trials_nothing_to_wait_for(tiny, rendered, tmp_path):
-    job = tiny.job(train_pairs=40)
+    job = tiny.job(train_samples=40)
     job["report"] = str(tmp_path / "report")
     evaluate.prepare(job)
     assert json.loads(Path(job["report"]).read_text()) == ["pairs of the teacher's outputs", 40, 40]
@@ -70,14 +70,14 @@ def test_what_the_settings_stand_for_is_known_beforehand(tiny, tmp_path):
 
 def test_one_cache_serves_trials_with_and_without_states(tiny):
     """What a search may turn on counts from the start: no trial of it builds a cache of its own."""
-    job = tiny.job(train_pairs=24)
+    job = tiny.job(train_samples=24)
     job["trials"] = [{}, {"gamma": 0.3}]
     evaluate.prepare(job)
     cache = Path(job["cache_dir"])
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.np*")}
     assert sum("teacher_state_" in path.name for path in before) == 4
     for gamma in (0.0, 0.1):
-        trial = Distill(tiny.config(f"g{gamma}", {"gamma": gamma}, train_pairs=24))
+        trial = Distill(tiny.config(f"g{gamma}", {"gamma": gamma}, train_samples=24))
         states = [name for name in trial.cache.rows(torch.arange(2)) if name.startswith("teacher_state_")]
         assert bool(states) == bool(gamma)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.np*")} == before

@@ -76,7 +76,7 @@ def test_steps_narrow_the_model_bit_by_bit_and_all_epochs_are_judged_at_its_fina
 
 
 def test_saved_model_reloads_and_trains_towards_the_task(pruning):
-    config = pruning("a", {"rho": 0.3}, epochs=3, pairs_per_epoch=64, train_pairs=64)
+    config = pruning("a", {"rho": 0.3}, epochs=3, samples_per_epoch=64, train_samples=64)
     trial = Prune(config)
     reports = [trial.step() for _ in range(3)]
     assert reports[-1]["train_loss"] < reports[0]["train_loss"]

@@ -17,7 +17,7 @@ from trainables.quantize import Quantize, Round
 QUANT = {
     **{"model": "teacher", "bits_w": 8, "bits_a": 8, "keep": ["layernorm", "softmax", "attention"], "mode": "static"},
     **{"calibration": 8, "method": "minmax", "smooth": 0.0, "reduce_range": False, "skip_slower": False},
-    **{"epochs": 5, "qat_share": 0.5, "frozen_share": 0.2, "pairs_per_epoch": 16, "peers": False},
+    **{"epochs": 5, "qat_share": 0.5, "frozen_share": 0.2, "samples_per_epoch": 16, "peers": False},
 }
 GO_ON = """
 import json, sys

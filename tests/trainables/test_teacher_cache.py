@@ -210,7 +210,7 @@ def test_two_workers_make_what_one_makes(tiny, tmp_path, monkeypatch):
 def test_no_room_on_the_disk_is_found_before_anything_is_written(tiny, small_disk):
     make = partial(Counted, tiny.settings(), 7)
     cache = TeacherCache(small_disk, make, 4096, False)
-    with pytest.raises(InputError, match="teacher cache needs 0.1 GB .* --storage .* train_pairs=4096") as error:
+    with pytest.raises(InputError, match="teacher cache needs 0.1 GB .* --storage .* train_samples=4096") as error:
         cache.build()
     assert "\n" not in str(error.value) and str(small_disk) in str(error.value)
     assert not list(cache.folder.glob("*.npy")) and not (cache.folder / "done.json").exists()

@@ -54,7 +54,7 @@ class Higher(Noisy):
 @pytest.fixture
 def config(tmp_path):
     def make(name, seed=3, **params):
-        settings = {"epochs": 4, "pairs_per_epoch": 40, "batch_size": 8, "lr": 1e-2, "lr_end": 0.01}
+        settings = {"epochs": 4, "samples_per_epoch": 40, "batch_size": 8, "lr": 1e-2, "lr_end": 0.01}
         return {
             **{"trial_id": name, "domain": "none", "params": params, "seed": seed, "state_dir": str(tmp_path / name)},
             "settings": {**settings, "lr_warmup": 0.1, "optimizer": "adamw", "weight_decay": 0.1},

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engines.errors import InputError
@@ -142,7 +141,7 @@ class Dust3r:
 
     def load(self, path: Path) -> DUSt3R:
         """A model from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
-        config, weights = _read_model(path)
+        config, weights = checkpoint.read_model(path)
         try:
             with torch.random.fork_rng(devices=[]):  # reading a file must not move a training's random numbers
                 model = from_reference_config(**config)
@@ -338,24 +337,3 @@ def _normalised(outputs: Outputs) -> tuple[Tensor, Tensor]:
     valid = torch.ones(outputs["pts1"].shape[:3], dtype=torch.bool, device=outputs["pts1"].device)
     pts1, pts2, _ = losses.normalise_pointmaps(outputs["pts1"], outputs["pts2"], valid, valid)
     return pts1, pts2
-
-
-def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if path.suffix != ".safetensors":
-        content = checkpoint.load(path, "model")
-        if "config" not in content or "model" not in content:
-            keys = ", ".join(map(str, list(content)[:5]))
-            raise InputError(f"{path}: expected the keys 'model' and 'config', found {keys}")
-        return content["config"], content["model"]
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"model {path} cannot be read ({error}); it is missing or truncated") from None
-    if "config" not in header:
-        raise InputError(f"{path}: its header holds no 'config', so the architecture is unknown")
-    try:
-        return json.loads(header["config"]), weights
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: the 'config' in its header is not JSON ({error}); save the file again") from None

@@ -1,0 +1,21 @@
+"""AQ-0, the teacher: train a decoder from scratch on simulated shots; the result ships with the package.
+
+python sweeps/aq_pretrain.py                      # the shipped teacher: distance 3, half an hour of one core
+python sweeps/aq_pretrain.py --profile demo       # a minute, to see that it runs
+python sweeps/aq_pretrain.py --set distance=5     # another code
+python sweeps/aq_pretrain.py --resume             # go on after an interruption
+"""
+
+from sweeps.launch import main
+from sweeps.settings import DECODER_PRETRAIN, DECODER_WORKLOAD
+from sweeps.spec import Sweep, Trial
+from trainables.pretrain import Pretrain
+
+AQ = Sweep(
+    stage="AQ0", domain="alphaqubit", trainable=Pretrain, settings=(DECODER_WORKLOAD, DECODER_PRETRAIN),
+    trials=[Trial("AQ-0", combo="pretrain", saves="teacher_decoder.pth")],
+    log="aq_pretrain_log.json", sample_cpu_s=0.00025,
+)  # fmt: skip
+
+if __name__ == "__main__":
+    main(AQ)

@@ -1,0 +1,290 @@
+"""The surface-code decoder as a Domain: what the generic trainables need to know about shots and their logical flips."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import stim
+import torch
+from torch import Tensor, nn
+
+from engines.errors import InputError
+from trainables import checkpoint
+from trainables.alphaqubit import circuits, exact, layout, losses, matching, sampler
+from trainables.alphaqubit.config import from_data, preset
+from trainables.alphaqubit.fusion import FusedTeacher, load_probes
+from trainables.alphaqubit.layout import BOTH
+from trainables.alphaqubit.model import Decoder, build, without_training_heads
+from trainables.alphaqubit.sampler import Sampler, fixed_shots, shots_hash
+from trainables.alphaqubit.settings import SIGNALS, DecoderPretrainSettings, DecoderSettings, DecoderWorkload
+from trainables.domain import Batch, Outputs, Signal
+from trainables.schedules import Schedule
+
+SHIPPED = Path(__file__).parent / "weights" / "teacher_d3.safetensors"
+SHOTS = 1024  # evaluated at a time
+FEATURES = ("readout", *losses.FEATURES)
+_NAMES = {"beta": "final"}  # a signal's name in the losses, where its weight's setting has another
+# What is cached depends on this code and on stim's random numbers.
+_CODE = "".join(map(inspect.getsource, (circuits, layout, sampler, exact, matching))) + stim.__version__
+
+
+def _digest(*identity: object) -> str:
+    return hashlib.sha256(json.dumps([_CODE, *identity], default=str).encode()).hexdigest()[:16]
+
+
+class AlphaQubit:
+    """Memory experiments of the rotated surface code; error rate of the predicted logical flips."""
+
+    group = 1
+    lower_is_better = True
+
+    def __init__(self, settings: Mapping[str, Any], seed: int) -> None:
+        self.workload = DecoderWorkload.among(settings)
+        self.distill = DecoderSettings.among(settings)
+        self.pretrain = DecoderPretrainSettings.among(settings)
+        self.seed, self.primary = seed, self.workload.primary
+
+    # ------------------------------------------------------------------ models
+    def _build(self, size: str, **changes: Any) -> Decoder:
+        w = self.workload
+        basis = w.basis if w.outputs == "observable" else BOTH
+        sizes = preset(size, w.distance, outputs=w.outputs, **changes)
+        return build(**sizes.to_data(), distance=w.distance, basis=basis)
+
+    def new_teacher(self) -> Decoder:
+        """A decoder of the settings' size with fresh weights from the present random state."""
+        return self._build(self.pretrain.size, next_stabilizer=self.pretrain.next_weight > 0)
+
+    def teacher(self) -> nn.Module:
+        """The shipped teacher or the one of the settings, frozen; with fusing probes where the settings name them."""
+        model = self.load(SHIPPED if self.distill.teacher == "shipped" else Path(self.distill.teacher))
+        self._check(model, f"teacher {self.distill.teacher!r}")
+        frozen = model.eval().requires_grad_(False)
+        if self.distill.fusion == "none":
+            return frozen
+        return FusedTeacher(frozen, load_probes(Path(self.distill.fusion), frozen)).eval().requires_grad_(False)
+
+    def _check(self, model: Decoder, what: str) -> None:
+        """InputError where a decoder is of another experiment."""
+        fresh = self._build("student").config
+        for key in ("distance", "basis", "outputs"):
+            if model.config[key] != fresh[key]:
+                raise InputError(
+                    f"{what} is of {key}={model.config[key]}, the workload of {key}={fresh[key]}: give a decoder of "
+                    f"the same experiment or --set {key}={model.config[key]}"
+                )
+
+    def student(self, inherit: bool) -> Decoder:
+        """A student of the settings' size with fresh weights, or with those of the checkpoint it goes on from."""
+        fresh = self._build(self.distill.size)
+        if self.distill.model == "scratch":
+            return fresh
+        model = self.load(Path(self.distill.model))
+        if model.config != fresh.config:
+            other = {k: (v, fresh.config[k]) for k, v in model.config.items() if v != fresh.config[k]}
+            said = ", ".join(f"{key}={theirs} instead of {ours}" for key, (theirs, ours) in other.items())
+            raise InputError(f"model={self.distill.model} is of another shape than size={self.distill.size}: {said}")
+        return model
+
+    def student_id(self) -> str:
+        """Students are not cut from their teacher: nothing is kept for them."""
+        return _digest(self.distill.size)
+
+    def pruned(self, model: nn.Module, share: float) -> nn.Module:
+        """Not offered: the grid's convolutions and tables tie the widths of a decoder together."""
+        raise InputError("domain alphaqubit: pruning is for domain dust3r; choose a smaller size=student instead")
+
+    def load(self, path: Path) -> Decoder:
+        """A decoder from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
+        config, weights = checkpoint.read_model(path)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                model = build(**config)
+            model.load_state_dict(weights)
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path}: not a decoder of this architecture ({reason})") from None
+        return model
+
+    def blank(self, model: nn.Module) -> Decoder:
+        """The same architecture with weights of its own."""
+        assert isinstance(model, Decoder)
+        with torch.random.fork_rng(devices=[]):
+            return build(**model.config)
+
+    def export(self, model: nn.Module) -> dict[str, Any]:
+        """Tensors and constructor arguments of the plain decoder, without a head that only training needs."""
+        assert isinstance(model, Decoder)
+        plain = without_training_heads(model)
+        return {"model": plain.state_dict(), "config": plain.config}
+
+    # ------------------------------------------------------------------ data
+    def data_id(self) -> str:
+        """Hash of the code, the seed and the training experiment."""
+        return _digest("samples", self.seed, self.workload.at(self.distill.train_p))
+
+    def split_id(self, split: str) -> str:
+        """Hash of the code, the split's shots and the primary metric."""
+        w = self.workload
+        return _digest(split, w.experiment, self._count(split), w.workload_seed, self.primary)
+
+    def _count(self, split: str) -> int:
+        return self.workload.test_shots if split == "test" else self.workload.val_shots
+
+    @cached_property
+    def _training(self) -> Sampler:
+        return Sampler(self.workload.at(self.distill.train_p), self.seed, "train")
+
+    def samples(self, split: str, indices: Tensor) -> Batch:
+        """Shots by index, see :class:`trainables.alphaqubit.sampler.Sampler`; of training at its own noise."""
+        if split == "train":
+            return self._training.at(indices)
+        return Sampler(self.workload.experiment, self.workload.workload_seed, split).at(indices)
+
+    def pretraining_samples(self, indices: Tensor) -> Batch:
+        """Training shots by index."""
+        return self._training.at(indices)
+
+    def sampled(self) -> dict[str, Any]:
+        """The shots on which latency is measured, by their hash, and the hash of all test shots."""
+        w = self.workload
+        return {"test_shots_hash": fixed_shots(w.experiment, w.workload_seed, w.test_shots)[1]}
+
+    # ------------------------------------------------------------------ forward and losses
+    def forward(self, model: nn.Module, batch: Batch) -> Outputs:
+        """'logits', and the intermediate representations where a loss asks for them."""
+        on = {signal.name for signal in self.signals()}
+        rich = (
+            on & {*FEATURES} or self.distill.rounds_weight or self.pretrain.rounds_weight or self.pretrain.next_weight
+        )
+        if isinstance(model, Decoder) and not rich:
+            return {"logits": model(*self.inputs(batch))}
+        found: Outputs = model.features(*self.inputs(batch))
+        return found
+
+    def teacher_outputs(self, teacher: nn.Module, batch: Batch) -> Batch:
+        """Logits of the last layer, of every layer, and fused ones where there are probes; hidden states; float16."""
+        with torch.no_grad():
+            assert isinstance(teacher, Decoder | FusedTeacher)
+            found = teacher.features(*self.inputs(batch))
+        kept = {name: found[name] for name in ("logits", "readout", "fused") if name in found}
+        kept |= {f"state_{name}": found[name] for name in losses.FEATURES}
+        return {f"teacher_{name}": value.half() for name, value in kept.items()}
+
+    def task_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Cross entropy with the logical flips, and of the intermediate readouts with the flips of their round."""
+        return self._task(outputs, batch, self.distill.rounds_weight)
+
+    def _task(self, outputs: Outputs, batch: Batch, rounds_weight: float) -> Tensor:
+        rounds = batch.get("round_labels")
+        return losses.task_loss(outputs, batch["label"], self.workload.outputs, rounds, rounds_weight)
+
+    def pretraining_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The task loss, and the next layer's events where their weight is not 0."""
+        outputs, settings = self.forward(model, batch), self.pretrain
+        loss = self._task(outputs, batch, settings.rounds_weight)
+        if settings.next_weight:
+            loss = loss + settings.next_weight * losses.next_stabilizer_loss(outputs, batch["events"])
+        return loss
+
+    def signals(self) -> list[Signal]:
+        """The signals whose weight is not zero."""
+        terms = [(name, Schedule.from_data(getattr(self.distill, name))) for name in SIGNALS]
+        return [
+            Signal(_NAMES.get(name, name), weight, states=name in losses.FEATURES)
+            for name, weight in terms
+            if any(weight.values)
+        ]
+
+    def signal_loss(self, name: str, outputs: Outputs, batch: Batch, adapters: nn.ModuleDict) -> Tensor:
+        """One term, unweighted; see :mod:`trainables.alphaqubit.losses`."""
+        theirs = {key.removeprefix("teacher_").removeprefix("state_"): v.float() for key, v in batch.items()
+                  if key.startswith("teacher_")}  # fmt: skip
+        return losses.signal_loss(name, theirs, outputs, self.distill.T, self.workload.outputs, adapters)
+
+    def adapters(self) -> nn.ModuleDict:
+        """A linear map per feature signal where teacher and student differ in width."""
+        teacher = self.teacher()
+        wide = (teacher.decoder if isinstance(teacher, FusedTeacher) else teacher).config
+        sizes = {key: value for key, value in wide.items() if key not in ("distance", "basis")}
+        on = [signal.name for signal in self.signals()]
+        return losses.adapters(from_data(sizes), preset(self.distill.size, self.workload.distance), on)
+
+    # ------------------------------------------------------------------ evaluation
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str, full: bool = False) -> dict[str, Tensor]:
+        """Per shot, (shots,) float32: 'ler' 1 where any flip is predicted wrongly; 'nll' its cross entropy in nats.
+
+        With the exact decoder, that is at distance 3 and one observable, `full` and primary=ler_exact add 'ler_exact',
+        the posterior probability that the decision is wrong.
+        """
+        shots = self._fixed(split)
+        device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+        parts = []
+        for at in range(0, self._count(split), SHOTS):
+            batch = {name: value[at : at + SHOTS].to(device) for name, value in shots.items()}
+            answer = model(*self.inputs(batch))
+            parts.append((answer if isinstance(answer, Tensor) else answer[0]).float().cpu())
+        logits, label = torch.cat(parts), shots["label"]
+        if self.workload.outputs == "ixyz":
+            wrong = logits.argmax(1) != label[:, 0]
+            nll = nn.functional.cross_entropy(logits, label[:, 0].long(), reduction="none")
+        else:
+            wrong = ((logits > 0) != label.bool()).any(1)
+            nll = nn.functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none").sum(1)
+        found = {"ler": wrong.float(), "nll": nll}
+        if self.primary == "ler_exact" or (full and self._has_exact):
+            flipped = torch.from_numpy(self._posterior(split)).float()
+            found["ler_exact"] = torch.where(logits[:, 0] > 0, 1 - flipped, flipped)
+        return found
+
+    @property
+    def _has_exact(self) -> bool:
+        return self.workload.distance == 3 and self.workload.outputs == "observable"
+
+    def _fixed(self, split: str) -> Batch:
+        w = self.workload
+        return _shots(w.experiment, w.workload_seed, self._count(split), split)
+
+    def _posterior(self, split: str) -> np.ndarray:
+        """P(flipped) (shots,) of the exact decoder."""
+        w = self.workload
+        key = (w.experiment, w.workload_seed, self._count(split), split)
+        if key not in _POSTERIORS:
+            circuit = w.experiment.circuit()
+            flat = layout.layout_of(circuit).to_flat(self._fixed(split)["events"].numpy())
+            _POSTERIORS.clear()
+            _POSTERIORS[key] = exact.ExactDecoder(circuit).flips(flat)[:, 0]
+        return _POSTERIORS[key]
+
+    def deployed(self, model: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, ...]], list[str], list[str]]:
+        """Events and measurements (1, R + 1, S) int32 in, logits out; the inputs are the first test shots, batch 1."""
+        w = self.workload
+        batch = Sampler(w.experiment, w.workload_seed, "test").shots(0, w.sampled_shots)
+        singles = zip(*(torch.split(tensor, 1) for tensor in self.inputs(batch)), strict=True)
+        plain = model.decoder if isinstance(model, FusedTeacher) else model
+        assert isinstance(plain, Decoder)
+        return without_training_heads(plain).eval(), list(singles), ["events", "measurements"], ["logits"]
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Events and measurements (N, R + 1, S) int32."""
+        return batch["events"].int(), batch["measurements"].int()
+
+
+_SHOTS: dict[object, Batch] = {}
+_POSTERIORS: dict[object, np.ndarray] = {}
+
+
+def _shots(experiment: sampler.Experiment, seed: int, count: int, split: str) -> Batch:
+    """The fixed shots of a split, drawn once per process."""
+    key = (experiment, seed, count, split)
+    if key not in _SHOTS:
+        _SHOTS[key] = fixed_shots(experiment, seed, count, split)[0]
+    return _SHOTS[key]

@@ -1,0 +1,143 @@
+"""Fused logits: linear probes on a frozen teacher's states, and their mean with the teacher's own readout.
+
+A probe is one linear layer from all stabilizers' states after the last round, (S * D), to the logits. What is fused
+is z_fuse = sum over heads of weight x logits. A distillation target only: no probe ever reaches a student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.errors import InputError
+from trainables import checkpoint
+from trainables.alphaqubit.losses import FEATURES, label_loss
+from trainables.alphaqubit.model import Decoder
+from trainables.domain import Batch, make_domain
+from trainables.gates import paired_drop
+from trainables.training import Training
+
+HEADS = (*FEATURES, "readout")
+
+
+class Probes(nn.Module):
+    """One linear probe per kind of state, and the weights with which the heads' logits are fused."""
+
+    def __init__(self, inputs: int, logits: int, weights: Sequence[float]) -> None:
+        """inputs: S * D. logits: K. weights: of the transformer's probe, the rnn's probe and the readout."""
+        super().__init__()
+        if len(weights) != len(HEADS) or min(weights) < 0 or not sum(weights) > 0:
+            raise InputError(
+                f"fusion weights {list(weights)}: expected {len(HEADS)} numbers of at least 0 for {', '.join(HEADS)}, "
+                "not all 0, such as [1, 1, 1]"
+            )
+        total = sum(weights)
+        self.config: dict[str, Any] = {"inputs": inputs, "logits": logits, "weights": [w / total for w in weights]}
+        self.heads = nn.ModuleDict({name: nn.Linear(inputs, logits) for name in FEATURES})
+
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Logits (N, K) of each of HEADS after the last layer, and 'fused'; features as Decoder.features gives them."""
+        found = {name: head(features[name][:, -1].flatten(1)) for name, head in self.heads.items()}
+        found["readout"] = features["logits"]
+        weights = dict(zip(HEADS, self.config["weights"], strict=True))
+        found["fused"] = torch.stack([weights[name] * found[name] for name in HEADS]).sum(0)
+        return found
+
+
+class FusedTeacher(nn.Module):
+    """A frozen decoder with probes: answers as the decoder does, and offers 'fused' among its features."""
+
+    def __init__(self, decoder: Decoder, probes: Probes) -> None:
+        super().__init__()
+        self.decoder, self.probes = decoder, probes
+        self.config = {"decoder": decoder.config, "probes": probes.config}
+
+    def forward(self, events: Tensor, measurements: Tensor) -> Tensor:
+        """The decoder's own logits (N, K)."""
+        logits: Tensor = self.decoder(events, measurements)
+        return logits
+
+    def features(self, events: Tensor, measurements: Tensor) -> dict[str, Tensor]:
+        """The decoder's features and 'fused' (N, K)."""
+        found = self.decoder.features(events, measurements)
+        return {**found, "fused": self.probes(found)["fused"]}
+
+
+def probes_for(decoder: Decoder, weights: Sequence[float] = (1, 1, 1)) -> Probes:
+    """Fresh probes that fit a decoder."""
+    return Probes(decoder.stabilizers * decoder.config["dim"], decoder._config.logits, weights)
+
+
+def load_probes(path: Path, decoder: Decoder) -> Probes:
+    """Probes of a file that :class:`Fuse` left; InputError where they don't fit this teacher."""
+    config, weights = checkpoint.read_model(path)
+    fitting = probes_for(decoder).config
+    if {k: config.get(k) for k in ("inputs", "logits")} != {k: fitting[k] for k in ("inputs", "logits")}:
+        raise InputError(f"fusion={path}: probes of another teacher; run python sweeps/aq_fusion.py with this one")
+    probes = Probes(**config)
+    probes.load_state_dict(weights)
+    return probes
+
+
+class Fuse(Training):
+    """Trains the probes on a frozen teacher's states of fresh shots; the teacher stays as it is."""
+
+    lower_is_better = True
+
+    def build(self) -> None:
+        """The teacher and fresh probes."""
+        self.domain = make_domain(self.config["domain"], self.settings, self.config["params"], self.seed)
+        teacher = self.domain.teacher()
+        assert isinstance(teacher, Decoder)
+        self.teacher = teacher
+        self.model = probes_for(teacher, {**self.settings, **self.config["params"]}["fusion_weights"])
+        self.trained = nn.ModuleList([self.model])
+        self.reference: Tensor | None = None
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """Shots never seen before."""
+        size = self.settings["batch_size"]
+        first = (epoch - 1) * self.steps_per_epoch * size
+        for step in range(self.steps_per_epoch):
+            yield self.domain.samples("train", torch.arange(first + step * size, first + (step + 1) * size))
+
+    def _heads(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad():
+            features = self.teacher.to(self.device).features(*self.domain.inputs(batch))
+        found: dict[str, Tensor] = self.model(features)
+        return found
+
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross entropies of the probes, each on its own."""
+        found, outputs = self._heads(batch), str(self.settings["outputs"])
+        parts = {name: label_loss(found[name], batch["label"], outputs) for name in FEATURES}
+        return torch.stack(list(parts.values())).sum(), parts
+
+    def validate(self) -> dict[str, float]:
+        """Error rate of every head and of the fusion, and the fusion's drop against the teacher's own readout."""
+        rates = {name: self.domain.evaluate(_Head(self, name), "val") for name in (*HEADS, "fused")}
+        own, base = rates["fused"]["ler"], rates["readout"]["ler"]
+        fall = paired_drop(own.numpy(), base.numpy(), True, seed=self.seed)
+        drops = {"val_drop": fall.value, "val_drop_lo": fall.lo, "val_drop_hi": fall.hi}
+        return {**drops, "val_quality": float(rates["fused"]["nll"].mean()),
+                **{f"ler_{name}": float(found["ler"].mean()) for name, found in rates.items()}}  # fmt: skip
+
+    def exported(self) -> dict[str, Any]:
+        """The probes as a module of their own."""
+        return {"model": self.model.state_dict(), "config": self.model.config}
+
+
+class _Head(nn.Module):
+    """One head's logits behind the call of a decoder."""
+
+    def __init__(self, fuse: Fuse, name: str) -> None:
+        super().__init__()
+        self._fuse, self._name, self._weights = fuse, name, fuse.model
+
+    def forward(self, events: Tensor, measurements: Tensor) -> Tensor:
+        found = self._fuse._heads({"events": events, "measurements": measurements})
+        return found[self._name]
