@@ -22,7 +22,7 @@ from trainables.alphaqubit.config import from_data, preset
 from trainables.alphaqubit.fusion import FusedTeacher, load_probes
 from trainables.alphaqubit.layout import BOTH
 from trainables.alphaqubit.model import Decoder, build, without_training_heads
-from trainables.alphaqubit.sampler import Sampler, fixed_shots, shots_hash
+from trainables.alphaqubit.sampler import Sampler, fixed_shots
 from trainables.alphaqubit.settings import SIGNALS, DecoderPretrainSettings, DecoderSettings, DecoderWorkload
 from trainables.domain import Batch, Outputs, Signal
 from trainables.schedules import Schedule
