@@ -1,22 +1,24 @@
-"""What an arm of an ablation changes: paired over seeds and samples, with an interval that covers both.
+"""What the arms of an ablation change: paired over seeds and samples, with an interval that covers both.
 
-Every arm is measured on the same samples under the same seeds, so the difference between two arms is a table of
-seeds x samples. Its mean is the effect. Seeds and samples are both draws from something larger, so both count as
-random (crossed random effects): the variance of the mean is V_seeds + V_samples - V_residual, each estimated by the
-two-way analysis of variance (Owen 2007, "The pigeonhole bootstrap", gives the same first-order variance), and the
-t quantile takes Satterthwaite's degrees of freedom. A bootstrap over three seeds alone would be too narrow.
+Every arm is measured on the same samples under the same seeds, so a contrast of arms (:mod:`analysis.contrasts`; the
+simplest is the difference of two) is a table of seeds x samples. Its mean is the effect. Seeds and samples are both
+draws from something larger, so both count as random (crossed random effects): the variance of the mean is
+V_seeds + V_samples - V_residual, each estimated by the two-way analysis of variance (Owen 2007, "The pigeonhole
+bootstrap", gives the same first-order variance), and the t quantile takes Satterthwaite's degrees of freedom. A
+bootstrap over three seeds alone would be too narrow.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
+from analysis.contrasts import Contrast, Kind, against, each
 from trainables.record import InputError
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Effect:
-    """What `arm` changes against `reference`: change of the primary metric as a fraction of the reference's mean,
-    positive = worse, with its interval, and the change of each seed alone.
+    """What a contrast comes to: `arm` is its name, `reference` the arm of its unit. value: change of the primary metric
+    as a fraction of the reference's mean, positive = worse, with its interval, and the value of each seed alone.
     """
 
     arm: str
@@ -39,6 +41,8 @@ class Effect:
     by_seed: tuple[float, ...]
     samples: int
     enough_seeds: int | None
+    kind: Kind = "arm"
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def resolved(self) -> bool:
@@ -47,20 +51,33 @@ class Effect:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a JSON file, with the sentence."""
-        return {**asdict(self), "resolved": self.resolved, "says": sentence(self)}
+        return {**asdict(self), "weights": dict(self.weights), "resolved": self.resolved, "says": sentence(self)}
 
 
 def effect(arm: str, reference: str, values: ArrayLike, reference_values: ArrayLike) -> Effect:
-    """The effect of an arm; both tables are (seeds, samples) of a cost (lower = better), the same seeds and samples.
+    """The effect of one arm against another; see :func:`contrast`."""
+    return contrast(against(arm, reference), {arm: values, reference: reference_values})
+
+
+def contrast(wanted: Contrast, tables: Mapping[str, ArrayLike]) -> Effect:
+    """The effect of a contrast; tables: by arm, (seeds, samples) of a cost (lower = better), seeds and samples shared.
 
     Raises InputError for unequal shapes, fewer than 2 seeds or samples, numbers that are not finite.
     """
-    a, b = np.asarray(values, dtype=np.float64), np.asarray(reference_values, dtype=np.float64)
-    if a.shape != b.shape or a.ndim != 2 or min(a.shape) < 2:
-        raise InputError(f"effect of {arm}: tables {a.shape} and {b.shape}; expected one shape, 2 or more seeds each")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise InputError(f"effect of {arm}: a value is not finite; leave the diverged arm out")
-    change = (a - b) / abs(b.mean())
+    arms = {arm: np.asarray(tables[arm], dtype=np.float64) for arm in wanted.weights}
+    shapes = [table.shape for table in arms.values()]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2 or min(shapes[0]) < 2:
+        found = " and ".join(map(str, shapes))
+        raise InputError(f"effect of {wanted.name}: tables {found}; expected one shape, 2 or more seeds each")
+    if not all(np.isfinite(table).all() for table in arms.values()):
+        raise InputError(f"effect of {wanted.name}: a value is not finite; leave the diverged arm out")
+    unit = abs(float(arms[wanted.unit].mean()))
+    if unit == 0:
+        raise InputError(f"effect of {wanted.name}: {wanted.unit} made no error at all; measure more samples")
+    change = np.zeros(shapes[0])
+    for arm, weight in wanted.weights.items():
+        change += weight * arms[arm]
+    change /= unit
     seeds, samples = change.shape
     value, by_seed, by_sample = float(change.mean()), change.mean(1), change.mean(0)
     of_seeds = float(by_seed.var(ddof=1)) / seeds
@@ -69,13 +86,14 @@ def effect(arm: str, reference: str, values: ArrayLike, reference_values: ArrayL
     of_rest = float((residual**2).sum()) / ((seeds - 1) * (samples - 1)) / (seeds * samples)
     # The estimate may come out below its larger part, where the residual is over-estimated: then that part stands.
     variance = max(of_seeds + of_samples - of_rest, of_seeds, of_samples)
-    if variance == 0:
-        return Effect(arm, reference, value, value, value, tuple(map(float, by_seed)), samples, None)
-    freedom = variance**2 / (of_seeds**2 / (seeds - 1) + of_samples**2 / (samples - 1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, max(freedom, 1.0))) * math.sqrt(variance)
+    half, enough = 0.0, None
+    if variance > 0:
+        freedom = variance**2 / (of_seeds**2 / (seeds - 1) + of_samples**2 / (samples - 1))
+        half = float(stats.t.ppf((1 + LEVEL) / 2, max(freedom, 1.0))) * math.sqrt(variance)
+        enough = _enough(value, half, of_seeds * seeds, of_samples)
     return Effect(
-        arm, reference, value, value - half, value + half, tuple(map(float, by_seed)), samples,
-        _enough(value, half, of_seeds * seeds, of_samples),
+        wanted.name, wanted.unit, value, value - half, value + half, tuple(map(float, by_seed)), samples, enough,
+        wanted.kind, dict(wanted.weights),
     )  # fmt: skip
 
 
@@ -94,29 +112,52 @@ def sentence(found: Effect) -> str:
     """One sentence that claims what the interval supports and no more."""
     numbers = f"{100 * found.value:+.2f} % [{100 * found.lo:+.2f}, {100 * found.hi:+.2f}]"
     basis = f"{len(found.by_seed)} seeds, {found.samples} samples"
+    up, share = found.value > 0, "" if found.kind == "arm" else f" of {found.reference}'s error"
     if found.resolved:
-        word = "worse" if found.value > 0 else "better"
-        return f"{found.arm} is {word} than {found.reference}: the error changes by {numbers} ({basis})."
-    said = f"No difference between {found.arm} and {found.reference} is shown: {numbers} ({basis})"
+        said = {
+            "arm": f"{found.arm} is {'worse' if up else 'better'} than {found.reference}: the error changes by",
+            "main": f"{found.arm} {'raises' if up else 'lowers'} the error, averaged over its pairs of arms:",
+            "interaction": f"{found.arm}: together, the error is {'higher' if up else 'lower'} than their separate "
+            "effects add up to:",
+        }[found.kind]
+        return f"{said} {numbers}{share} ({basis})."
+    said = {
+        "arm": f"No difference between {found.arm} and {found.reference} is shown",
+        "main": f"No effect of {found.arm}, averaged over its pairs of arms, is shown",
+        "interaction": f"No interaction {found.arm} is shown",
+    }[found.kind]
+    said += f": {numbers}{share} ({basis})"
     if found.enough_seeds:
         return f"{said}; an effect of this size would take about {found.enough_seeds} seeds."
     return f"{said}."
 
 
-def effects(tables: Mapping[str, Mapping[int, Sequence[float]]], reference: str) -> list[Effect]:
-    """The effect of every other arm. tables: arm -> seed -> costs per sample; only seeds that both arms have count.
+def caution(count: int) -> str:
+    """What to keep in mind when reading `count` intervals at once."""
+    return (
+        f"Each interval is for its effect alone: were all {count} effects zero, about {(1 - LEVEL) * count:.1f} "
+        f"intervals would exclude 0 by chance."
+    )
 
-    Raises InputError where the reference arm is missing or shares fewer than 2 seeds with an arm.
-    """
+
+def effects(tables: Mapping[str, Mapping[int, Sequence[float]]], reference: str) -> list[Effect]:
+    """The effect of every other arm; see :func:`paired`. Raises InputError also where there is no reference arm."""
     if reference not in tables:
         raise InputError(f"reference arm {reference!r} was not measured; there are {', '.join(tables)}")
-    found = []
-    for arm, rows in tables.items():
-        if arm == reference:
-            continue
-        seeds = sorted(rows.keys() & tables[reference].keys())
-        if len(seeds) < 2:
-            raise InputError(f"{arm} and {reference} share {len(seeds)} seeds; expected 2 or more (--seeds 3)")
-        own, base = ([table[seed] for seed in seeds] for table in (rows, tables[reference]))
-        found.append(effect(arm, reference, own, base))
-    return found
+    return [paired(one, tables) for one in each([arm for arm in tables if arm != reference], reference)]
+
+
+def paired(wanted: Contrast, tables: Mapping[str, Mapping[int, Sequence[float]]]) -> Effect:
+    """The effect of a contrast over the seeds that all of its arms have. tables: arm -> seed -> costs per sample.
+
+    Raises InputError where an arm is missing or fewer than 2 seeds are shared.
+    """
+    missing = [arm for arm in wanted.weights if arm not in tables]
+    if missing:
+        there = ", ".join(tables) or "none"
+        raise InputError(f"{wanted.name}: {', '.join(missing)} was not measured; there are {there}")
+    seeds = sorted(set.intersection(*(set(tables[arm]) for arm in wanted.weights)))
+    if len(seeds) < 2:
+        names = " and ".join(wanted.weights)
+        raise InputError(f"{names} share {len(seeds)} seeds; expected 2 or more (--seeds 3)")
+    return contrast(wanted, {arm: [tables[arm][seed] for seed in seeds] for arm in wanted.weights})

@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from rich.console import Console
 
-from engines.errors import InputError
+from sweeps import ablation
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
 from sweeps.progress import duration
@@ -25,7 +24,7 @@ from sweeps.settings import WORKLOAD, Resolved
 from sweeps.spec import Sweep
 from trainables.record import Record, write_csv
 
-DEPLOYED, TEST_COSTS = "deployed", "test_costs.npy"  # what measuring leaves in a trial's folder
+DEPLOYED = "deployed"  # what measuring leaves in a trial's folder
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,13 @@ def write_files(sweep: Sweep, ledger: Ledger, resolved: Resolved) -> Choice:
         for source, target in _products(ledger, trial.trial_id, name):
             _put(files / target, partial(shutil.copyfile, source))
             ledger.append("file", path=f"files/{target}", trial_id=trial.trial_id)
-    if sweep.log:
-        text = json.dumps({**_log(ledger, choice), **found_effects(sweep, ledger)}, indent=1, allow_nan=False)
-        _put(files / sweep.log, lambda path: path.write_text(text))
-        ledger.append("file", path=f"files/{sweep.log}", trial_id=None)
+    found = {one.comparison.file: one for one in ablation.found(sweep, ledger)}
+    texts: dict[str, dict[str, Any]] = {sweep.log: _log(ledger, choice)} if sweep.log else {}
+    for name, one in found.items():
+        texts[name] = {**texts[name], **one.data} if name == sweep.log else ablation.content(one, ledger)
+    for name, content in texts.items():
+        _put(files / name, partial(Path.write_text, data=json.dumps(content, indent=1, allow_nan=False)))
+        ledger.append("file", path=f"files/{name}", trial_id=None)
     for trial in ledger.state.trials.values():
         if sweep.baseline and trial.role == "teacher" and trial.record:
             record = Record.from_dict(trial.record).to_json()
@@ -91,21 +93,15 @@ def _products(ledger: Ledger, trial_id: str, name: str) -> list[tuple[Path, str]
     return [(path, name + path.name.removeprefix(f"{DEPLOYED}{suffix}")) for path in left]
 
 
-def found_effects(sweep: Sweep, ledger: Ledger) -> dict[str, Any]:
-    """An ablation's effects against its reference arm; nothing for other sweeps and where too little was measured."""
-    if not sweep.reference:
-        return {}
-    from analysis import effects  # scipy takes a while to import
-
-    tables: dict[str, dict[int, Any]] = {}
-    for trial in ledger.state.trials.values():
-        path = ledger.state_dir(trial.trial_id) / TEST_COSTS
-        if trial.role == "trial" and trial.record and path.is_file():
-            tables.setdefault(str(trial.record["combo"]), {})[trial.record["seed"]] = np.load(path)
-    try:
-        return {"effects": [found.to_dict() for found in effects.effects(tables, sweep.reference)]}
-    except InputError as error:
-        return {"effects": [], "why": str(error)}
+def draw_effects(sweep: Sweep, ledger: Ledger) -> list[Path]:
+    """A picture beside the file of every comparison; each is told to the journal."""
+    drawn = []
+    for one in ablation.found(sweep, ledger):
+        path = ledger.folder / "files" / one.comparison.picture
+        _put(path, partial(ablation.draw, one, ledger))
+        ledger.append("file", path=f"files/{path.name}", trial_id=None)
+        drawn.append(path)
+    return drawn
 
 
 def write_workload(ledger: Ledger, resolved: Resolved) -> None:

@@ -39,7 +39,8 @@ def show(
     console.print(table)
     if samples:
         console.print(f"and {samples} trials that Optuna chooses")
-    files = [*(trial.saves for trial in planned), *sweep.best_files, sweep.log, sweep.baseline, "result_table.csv"]
+    files = [*(trial.saves for trial in planned), *sweep.best_files, sweep.log, *sweep.effect_files, sweep.baseline]
+    files.append("result_table.csv")
     console.print(f"Folder: {folder}", soft_wrap=True)
     console.print(f"Files: {', '.join(name for name in files if name)}", soft_wrap=True)
     trials = sum(trial.role == "trial" for trial in planned) + samples

@@ -24,8 +24,8 @@ import psutil
 from rich.console import Console
 
 from engines.errors import InputError
+from sweeps import ablation, deliver, dry, flags
 from sweeps import cluster as ray_cluster
-from sweeps import deliver, dry, flags
 from sweeps.ledger import Ledger, inspect
 from sweeps.lineage import best_of
 from sweeps.measure import Bench, compile_best, measure, prepare
@@ -133,7 +133,7 @@ def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
     """Flags and settings -> checked plan; InputError for anything that cannot be. Touches nothing."""
     script = sys.modules["__main__"].__doc__ or f"Runs the {sweep.stage} sweep."
     given = flags.parse(script, argv, searchable=bool(sweep.space))
-    resolved = resolve(sweep.settings, given.profile, _started(sweep, given))
+    resolved = resolve(sweep.settings, given.profile, _started(sweep, given), sweep.changes.get(given.profile, {}))
     refuse_hidden(sweep, given.overrides)
     if sweep.measure:
         job = {"domain": sweep.domain, "settings": dict(resolved.values), "seed": given.seed}
@@ -201,7 +201,8 @@ def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Cl
     kinds = [trial.params for trial in sweep.trials]
     if order.given.samples:
         kinds.append(far_end(sweep.space))
-    bench = Bench(sweep, order.resolved, ledger, cluster, cache, common, kinds)
+    seeds = sorted({trial.seed for trial in order.planned})
+    bench = Bench(sweep, order.resolved, ledger, cluster, cache, common, kinds, seeds)
     progress = Progress(console, rule_of(sweep, values).max_evals)
     clock.mark("set-up")
     with progress.show():
@@ -266,19 +267,18 @@ def _pictures(order: Order, ledger: Ledger, tracker: Tracker) -> list[Path]:
     """The analysis of this sweep; a store that cannot be read now costs the pictures, not the sweep."""
     from analysis import pareto
 
-    if not order.sweep.measure:
-        return []
-    if not tracker.flush(FLUSH_S):
-        return []
+    drawn = deliver.draw_effects(order.sweep, ledger)
+    if not order.sweep.measure or not order.sweep.latency or not tracker.flush(FLUSH_S):
+        return drawn
     sweep_id = str(ledger.state.header["sweep_id"])
     try:
         paths = pareto.run(order.tracking_uri, sweep_id, ledger.folder / "files", log=False)
     except InputError as error:
         print(f"warning: no pictures: {error}", file=sys.stderr)
-        return []
+        return drawn
     for path in paths:
         ledger.append("file", path=f"files/{path.name}", trial_id=None)
-    return paths
+    return [*drawn, *paths]
 
 
 def _closing(
@@ -293,8 +293,8 @@ def _closing(
     say = console.print
     if order.sweep.best_files:
         say(f"Best trial: {choice.why}.", soft_wrap=True)
-    for found in deliver.found_effects(order.sweep, ledger).get("effects", []):
-        say(found["says"], soft_wrap=True)
+    for line in ablation.sentences(ablation.found(order.sweep, ledger)):
+        say(line, soft_wrap=True)
     hint = _hint(order, ledger)
     if hint:
         say(hint, soft_wrap=True)

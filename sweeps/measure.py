@@ -35,7 +35,7 @@ BASELINE = ("chamfer", "absrel", "rmse", "delta1", "params_M", "flops_G", "size_
 class Bench:
     """What measuring needs: the sweep, its settings, where things lie, and what every record repeats.
 
-    kinds: parameters of trials that together need all that any trial will share with others.
+    kinds: parameters of trials that together need all that any trial will share with others; seeds: of all trials.
     """
 
     sweep: Sweep
@@ -45,6 +45,7 @@ class Bench:
     cache_dir: Path
     common: Mapping[str, Any]
     kinds: Sequence[Mapping[str, Any]]
+    seeds: Sequence[int]
 
     def job(self, trial: Planned | None) -> dict[str, Any]:
         """What a measuring function is given; None or the teacher: no weights."""
@@ -56,6 +57,7 @@ class Bench:
             "work_dir": str(self.ledger.folder / "work"),
             "cache_dir": str(self.cache_dir),
             "trials": [dict(params) for params in self.kinds],
+            "seeds": list(self.seeds),
         }
         if trial:
             weights = self.ledger.best_weights(trial.trial_id) if trial.role == "trial" else None
@@ -105,7 +107,8 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
             write(trial)
     if measures and able:
         Path(bench.job(None)["work_dir"]).mkdir(parents=True, exist_ok=True)
-        with progress.phase("measuring", total=2 * len(able)):
+        timed = bench.sweep.latency
+        with progress.phase("measuring", total=(1 + timed) * len(able)):
             task = ray.remote(num_cpus=1, num_gpus=bench.cluster.gpus, max_retries=2)(_call)
             pending = {task.remote(measures.measure_quality, bench.job(trial)): trial for trial in able}
             for done, (ref, trial) in enumerate(pending.items()):
@@ -113,9 +116,10 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
                 _merge(found[trial.trial_id], _wait([ref])[0], "quality")
             alone = _alone(bench.cluster)
             for done, trial in enumerate(able):
-                progress.item(f"latency of {trial.exp_id}, alone on its device", len(able) + done)
-                result = _wait([alone.remote(measures.measure_latency, bench.job(trial))])[0]
-                _merge(found[trial.trial_id], result, "latency")
+                if timed:
+                    progress.item(f"latency of {trial.exp_id}, alone on its device", len(able) + done)
+                    result = _wait([alone.remote(measures.measure_latency, bench.job(trial))])[0]
+                    _merge(found[trial.trial_id], result, "latency")
                 write(trial)
 
 

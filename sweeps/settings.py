@@ -101,17 +101,23 @@ def digest(data: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def resolve(files: Sequence[SettingsFile], profile: str, overrides: Mapping[str, Any]) -> Resolved:
-    """Merge defaults, profile and overrides and check them; InputError lists every problem in one line."""
+def resolve(
+    files: Sequence[SettingsFile],
+    profile: str,
+    overrides: Mapping[str, Any],
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> Resolved:
+    """Merge defaults, profile, the script's own changes and overrides and check them; InputError lists every problem
+    in one line.
+    """
     problems: list[str] = []
     values: dict[str, Any] = {}
     for file in files:
         values |= _read(file, profile, problems)
     known = _owners(files)
-    for key in overrides:
-        if key not in known:
-            problems.append(f"--set {key}: {_unknown(key, known)}")
-    values |= {key: value for key, value in overrides.items() if key in known}
+    for said, given in (("the script's change of ", changes), ("--set ", overrides)):
+        problems += [f"{said}{key}: {_unknown(key, known)}" for key in given if key not in known]
+        values |= {key: value for key, value in given.items() if key in known}
     models = _check(files, values, problems, None, overrides)
     if problems:
         raise InputError("; ".join(problems))

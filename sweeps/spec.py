@@ -12,11 +12,13 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
+from analysis.contrasts import Comparison, against, each, interaction, main_effect
 from engines.errors import InputError
 from trainables.gates import Gate
 from trainables.schedules import Schedule, constant, linear, step
 
 __all__ = [
+    "Comparison",
     "Gate",
     "Measures",
     "OneOf",
@@ -24,9 +26,13 @@ __all__ = [
     "SettingsFile",
     "Sweep",
     "Trial",
+    "against",
     "constant",
+    "each",
+    "interaction",
     "linear",
     "loguniform",
+    "main_effect",
     "one_of",
     "step",
     "uniform",
@@ -40,9 +46,9 @@ class Measures(Protocol):
     `identify` runs as a Ray task.
 
     A job is {"domain", "settings", "seed"}; for all but `identify` also {"work_dir", "cache_dir", "trials"
-    (parameters of trials that together need all that is shared)}; for `prepare` also {"report" (a file in which it
-    may say how far it is: JSON [what, done, total])}; for the two measurements also {"trial_id", "weights" (a path;
-    None for the teacher), "params", "state_dir"}.
+    (parameters of trials that together need all that is shared), "seeds" (of all trials)}; for `prepare` also {"report"
+    (a file in which it may say how far it is: JSON [what, done, total])}; for the two measurements also {"trial_id",
+    "weights" (a path; None for the teacher), "params", "state_dir"}.
     """
 
     def identify(self, job: Job) -> tuple[dict[str, str], dict[str, Any]]:
@@ -172,9 +178,11 @@ class Sweep:
     without the test split: the search keeps to them. best, log, baseline: names of the files of the best trial
     (weights, or what its suffix says), of the file with all curves and records, and of the file with the teacher's
     record. seeds: how many seeds every trial is run with. reference: the combo of the arm that an ablation compares
-    all others with. starts_from: the stage and file of the model to start from, unless the setting `model` names
-    one. sample_cpu_s: CPU-seconds that one training sample once took (demo and small), for the estimate of
-    --dry-run. name: part of the sweep's name, by default the script's.
+    all others with, in its log; comparisons: result files with contrasts of their own, of arms by their combos.
+    latency: False where all trials are one architecture, so that timing each says nothing. changes: in what the script
+    differs from its settings' files, by profile. starts_from: the stage and file of the model to start from, unless the
+    setting `model` names one. sample_cpu_s: CPU-seconds that one training sample once took (demo and small), for the
+    estimate of --dry-run. name: part of the sweep's name, by default the script's.
     """
 
     stage: str
@@ -190,6 +198,9 @@ class Sweep:
     epochs: int = 1
     seeds: int = 1
     reference: str | None = None
+    comparisons: Sequence[Comparison] = ()
+    latency: bool = True
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     starts_from: tuple[str, str] | None = None
     best: str | Sequence[str] | None = None
     log: str | None = None
@@ -200,15 +211,40 @@ class Sweep:
     def __post_init__(self) -> None:
         if not self.trials and not self.space and not self.measure:
             raise InputError(f"sweep {self.stage}: expected trials, a search space or a measurement, found none")
-        saved = [name for name in (*(t.saves for t in self.trials), *self.best_files, self.log, self.baseline) if name]
+        own = [t.saves for t in self.trials]
+        saved = [name for name in (*own, *self.best_files, self.log, self.baseline, *self.effect_files) if name]
         for name in saved:
             if saved.count(name) > 1 or Path(name).name != name:
                 raise InputError(f"file {name!r} of sweep {self.stage}: expected a plain name, used once")
+        for comparison in self.comparisons:
+            unknown = [arm for arm in comparison.arms if arm not in self.arms]
+            if unknown:
+                there = ", ".join(self.arms)
+                raise InputError(f"{comparison.file} compares {', '.join(unknown)}; the arms are {there}")
 
     @property
     def best_files(self) -> tuple[str, ...]:
         """Names of the files of the best trial."""
         return (self.best,) if isinstance(self.best, str) else tuple(self.best or ())
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The combos of the trials that have one."""
+        return tuple(dict.fromkeys(trial.combo for trial in self.trials if trial.combo))
+
+    @property
+    def all_comparisons(self) -> tuple[Comparison, ...]:
+        """What the closing screen says and a picture shows: the declared ones, and all arms against the reference."""
+        if not self.reference or not self.log:
+            return tuple(self.comparisons)
+        others = each([arm for arm in self.arms if arm != self.reference], self.reference)
+        return (Comparison(self.log, f"Effects against {self.reference}", others), *self.comparisons)
+
+    @property
+    def effect_files(self) -> tuple[str, ...]:
+        """Names of the files of the comparisons, beside the log."""
+        pictures = [comparison.picture for comparison in self.all_comparisons]
+        return (*(comparison.file for comparison in self.comparisons), *pictures)
 
 
 def schedule_options(option: OneOf) -> dict[str, Callable[..., Schedule]]:

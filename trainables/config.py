@@ -77,7 +77,7 @@ class WorkloadSettings(Workload):
         return self
 
 
-WORDS = ("shipped", "teacher", "scratch", "none")  # what a setting may say in place of a path
+WORDS = ("shipped", "teacher", "scratch", "none", "cached")  # what a setting may say in place of a path
 
 
 def absolute(model: str) -> str:

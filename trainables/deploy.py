@@ -41,7 +41,8 @@ class Engine(nn.Module):
 
 def domain_of(job: Job) -> Domain:
     """The domain of a measuring job, with the trial's own parameters."""
-    return make_domain(job["domain"], job["settings"], job.get("params", {}), job["seed"])
+    cache = Path(job["cache_dir"]) if "cache_dir" in job else None
+    return make_domain(job["domain"], job["settings"], job.get("params", {}), job["seed"], cache)
 
 
 def model_of(job: Job, domain: Domain) -> nn.Module:

@@ -27,9 +27,9 @@ class Distill(Training):
         """The student as the trial's parameters say, its signals and the shared cache."""
         params = self.config["params"]
         self.settings = {**self.settings, **params}
-        make = partial(make_domain, self.config["domain"], self.config["settings"], params, self.seed)
-        self.domain = make()
         cache = Path(self.config["cache_dir"])
+        make = partial(make_domain, self.config["domain"], self.config["settings"], params, self.seed, cache)
+        self.domain = make()
         self.signals = self.domain.signals()
         states = any(signal.states for signal in self.signals)
         self.cache = TeacherCache(cache, make, self.settings["train_samples"], states)

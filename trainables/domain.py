@@ -117,10 +117,15 @@ class Domain(Protocol):
         """The module that is exported and timed, the workload's inputs for it, and names of inputs and outputs."""
 
 
-def make_domain(name: str, settings: Mapping[str, Any], params: Mapping[str, Any], seed: int) -> Domain:
-    """The domain `name` for these settings (flat) with a trial's own parameters on top."""
+def make_domain(
+    name: str, settings: Mapping[str, Any], params: Mapping[str, Any], seed: int, cache: Path | None = None
+) -> Domain:
+    """The domain `name` for these settings (flat) with a trial's own parameters on top.
+
+    cache: the folder of what is computed once by content; None where nothing may be written.
+    """
     if name not in DOMAINS:
         raise InputError(f"domain {name!r} is unknown, use one of {', '.join(DOMAINS)}")
     module, cls = DOMAINS[name].split(":")
-    domain: Domain = getattr(importlib.import_module(module), cls)({**settings, **params}, seed)
+    domain: Domain = getattr(importlib.import_module(module), cls)({**settings, **params}, seed, cache)
     return domain

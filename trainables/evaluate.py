@@ -23,7 +23,7 @@ from trainables import checkpoint, deploy
 from trainables.checkpoint import model_hash
 from trainables.config import WORDS, PruneSettings, QuantSettings
 from trainables.deploy import Job, domain_of, model_of
-from trainables.domain import Domain, make_domain
+from trainables.domain import Domain
 from trainables.gates import Drop, paired_drop
 from trainables.teacher_cache import TeacherCache, inherited, pruned, teacher_metrics
 from trainables.timing import measure_latency
@@ -50,7 +50,7 @@ def prepare(job: Job) -> None:
     domain.teacher()
     if job["trials"]:
         teacher_metrics(cache, domain, "val", full=False)
-        trials = [make_domain(job["domain"], settings, params, job["seed"]) for params in job["trials"]]
+        trials = [domain_of({**job, "params": params}) for params in job["trials"]]
         if settings.get("init") == "inherit":
             inherited(cache, domain)
         if "rho" in settings:
@@ -61,8 +61,10 @@ def prepare(job: Job) -> None:
             deploy.choices_of(domain, deploy.source(domain, settings["model"]), *wanted)
             return  # rounding alone may do, and then no training sample is ever needed
         states = any(signal.states for trial in trials for signal in trial.signals())
-        shared = TeacherCache(cache, partial(domain_of, job), settings["train_samples"], states)
-        shared.build(int(environment()["cores"] or 1), partial(_report, job))
+        for seed in job.get("seeds") or [job["seed"]]:  # each has training samples of its own
+            own = partial(domain_of, {**job, "seed": seed})
+            shared = TeacherCache(cache, own, settings["train_samples"], states)
+            shared.build(int(environment()["cores"] or 1), partial(_report, job))
 
 
 def measure_quality(job: Job) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The surface-code decoder as a Domain: what the generic trainables need to know about shots and their logical flips."""
+"""The surface-code decoder as a Domain: what generic trainables need to know about shots and their logical flips."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from engines.errors import InputError
 from trainables import checkpoint
 from trainables.alphaqubit import circuits, exact, layout, losses, matching, sampler
 from trainables.alphaqubit.config import from_data, preset
-from trainables.alphaqubit.fusion import FusedTeacher, load_probes
+from trainables.alphaqubit.fusion import FusedTeacher, cached_probes, load_probes
 from trainables.alphaqubit.layout import BOTH
 from trainables.alphaqubit.model import Decoder, build, without_training_heads
 from trainables.alphaqubit.sampler import Sampler, fixed_shots
@@ -45,11 +45,11 @@ class AlphaQubit:
     group = 1
     lower_is_better = True
 
-    def __init__(self, settings: Mapping[str, Any], seed: int) -> None:
+    def __init__(self, settings: Mapping[str, Any], seed: int, cache: Path | None = None) -> None:
         self.workload = DecoderWorkload.among(settings)
         self.distill = DecoderSettings.among(settings)
         self.pretrain = DecoderPretrainSettings.among(settings)
-        self.seed, self.primary = seed, self.workload.primary
+        self.seed, self.primary, self._cache = seed, self.workload.primary, cache
 
     # ------------------------------------------------------------------ models
     def _build(self, size: str, **changes: Any) -> Decoder:
@@ -63,13 +63,19 @@ class AlphaQubit:
         return self._build(self.pretrain.size, next_stabilizer=self.pretrain.next_weight > 0)
 
     def teacher(self) -> nn.Module:
-        """The shipped teacher or the one of the settings, frozen; with fusing probes where the settings name them."""
+        """The shipped teacher or the one of the settings, frozen; with fusing probes where the settings want them.
+
+        Probes of fusion=cached are trained here unless the cache has them; without a cache the teacher stands for them.
+        """
         model = self.load(SHIPPED if self.distill.teacher == "shipped" else Path(self.distill.teacher))
         self._check(model, f"teacher {self.distill.teacher!r}")
         frozen = model.eval().requires_grad_(False)
-        if self.distill.fusion == "none":
+        if self.distill.fusion == "none" or (self.distill.fusion == "cached" and self._cache is None):
             return frozen
-        return FusedTeacher(frozen, load_probes(Path(self.distill.fusion), frozen)).eval().requires_grad_(False)
+        path = Path(self.distill.fusion)
+        if self._cache and self.distill.fusion == "cached":
+            path = cached_probes(self._cache, frozen, self.workload, self.distill)
+        return FusedTeacher(frozen, load_probes(path, frozen)).eval().requires_grad_(False)
 
     def _check(self, model: Decoder, what: str) -> None:
         """InputError where a decoder is of another experiment."""

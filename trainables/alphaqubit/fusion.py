@@ -6,8 +6,12 @@ is z_fuse = sum over heads of weight x logits. A distillation target only: no pr
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,11 +21,15 @@ from engines.errors import InputError
 from trainables import checkpoint
 from trainables.alphaqubit.losses import FEATURES, label_loss
 from trainables.alphaqubit.model import Decoder
+from trainables.alphaqubit.settings import DecoderFusionSettings, DecoderSettings, DecoderWorkload
+from trainables.checkpoint import model_hash
 from trainables.domain import Batch, make_domain
 from trainables.gates import paired_drop
+from trainables.teacher_cache import locked
 from trainables.training import Training
 
 HEADS = (*FEATURES, "readout")
+OWN_SEED = 1_000_003  # above the workload's: probes learn from shots that no student of a usual seed sees
 
 
 class Probes(nn.Module):
@@ -78,9 +86,35 @@ def load_probes(path: Path, decoder: Decoder) -> Probes:
     fitting = probes_for(decoder).config
     if {k: config.get(k) for k in ("inputs", "logits")} != {k: fitting[k] for k in ("inputs", "logits")}:
         raise InputError(f"fusion={path}: probes of another teacher; run python sweeps/aq_fusion.py with this one")
-    probes = Probes(**config)
+    with torch.random.fork_rng(devices=[]):
+        probes = Probes(**config)
     probes.load_state_dict(weights)
     return probes
+
+
+def cached_probes(folder: Path, decoder: Decoder, workload: DecoderWorkload, distill: DecoderSettings) -> Path:
+    """Probes as sweeps/aq_fusion.py trains them, made once by content (teacher, shots, settings); their file in `folder`.
+
+    In one pass over shots of a seed of their own, no more than the students get.
+    """
+    fit = DecoderFusionSettings(teacher=distill.teacher, train_p=distill.train_p)
+    shots = min(fit.epochs * fit.samples_per_epoch, distill.train_samples)
+    fit = fit.model_copy(update={"epochs": 1, "samples_per_epoch": shots})
+    settings = {**workload.model_dump(mode="json"), **fit.model_dump(mode="json")}
+    seed = workload.workload_seed + OWN_SEED
+    domain = make_domain("alphaqubit", settings, {}, seed)
+    how = fit.model_dump(mode="json", exclude={"teacher"})
+    content = [model_hash(decoder), domain.data_id(), domain.split_id("val"), how]
+    path = folder / f"probes_{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}.pth"
+    with locked(folder / "probes.lock"):
+        if not path.exists():
+            before = checkpoint.rng_states()
+            with TemporaryDirectory(dir=folder, prefix=".probes.") as state:
+                job = {"domain": "alphaqubit", "params": {}, "settings": settings, "seed": seed, "state_dir": state}
+                Fuse(job).step()
+                os.replace(Path(state) / "best.pth", path)
+            checkpoint.restore_rng(before)
+    return path
 
 
 class Fuse(Training):

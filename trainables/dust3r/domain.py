@@ -65,7 +65,8 @@ class Dust3r:
 
     group = 2  # both directions of a pair of images
 
-    def __init__(self, settings: Mapping[str, Any], seed: int) -> None:
+    def __init__(self, settings: Mapping[str, Any], seed: int, cache: Path | None = None) -> None:
+        """cache: not needed here, the teacher is a file."""
         self.workload = WorkloadSettings.among(settings)
         self.distill = DistillSettings.among(settings)
         self._settings, self.seed = settings, seed
