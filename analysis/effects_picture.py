@@ -16,11 +16,11 @@ from analysis.effects import Effect, caution
 from analysis.picture import DPI, HEIGHT_IN, WIDTH_IN, bottom, frame, save
 from analysis.style import Mark
 
-BETTER = Mark("lowers the error", style.PASS.colour, "o", "circle", 8.5, True)
-WORSE = Mark("raises the error", style.FAIL.colour, "v", "triangle-down", 8.5, True)
+BETTER = Mark("less error", style.PASS.colour, "o", "circle", 8.5, True)
+WORSE = Mark("more error", style.FAIL.colour, "v", "triangle-down", 8.5, True)
 OPEN = Mark("not resolved", style.MUTED, "o", "circle-open", 7.5, False)
 MARKS = (BETTER, WORSE, OPEN)
-HEADS = {"arm": "an arm against another", "main": "main effects", "interaction": "interactions"}
+HEADS = {"arm": "an arm against another", "main": "main effects", "interaction": "interactions (0: effects add up)"}
 BARS = "Bars: 95 % intervals over seeds and test samples; small dots: each seed alone."
 
 

@@ -93,7 +93,7 @@ def load_probes(path: Path, decoder: Decoder) -> Probes:
 
 
 def cached_probes(folder: Path, decoder: Decoder, workload: DecoderWorkload, distill: DecoderSettings) -> Path:
-    """Probes as sweeps/aq_fusion.py trains them, made once by content (teacher, shots, settings); their file in `folder`.
+    """Probes as sweeps/aq_fusion.py trains them, once by content (teacher, shots, settings); a file in `folder`.
 
     In one pass over shots of a seed of their own, no more than the students get.
     """

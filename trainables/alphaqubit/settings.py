@@ -128,7 +128,7 @@ class DecoderSettings(TrainingSettings):
             raise ValueError(f"alpha=0 and all of {', '.join(SIGNALS)} 0: nothing to learn from; set one above 0")
         if "fused" in on and self.fusion == "none":
             raise ValueError(
-                "fused is on without the probes that fuse: give fusion=cached, which trains them first, or fusion=PATH, "
-                "a file of python sweeps/aq_fusion.py"
+                "fused is on without the probes that fuse: give fusion=cached, which trains them first, or "
+                "fusion=PATH, a file of python sweeps/aq_fusion.py"
             )
         return self
