@@ -54,7 +54,7 @@ def show(
         work += f", of which {epochs} epochs are left"
     pairs = resolved.values.get("samples_per_epoch")
     if pairs:
-        work += f" x {pairs} pairs = {epochs * pairs:,} pairs"
+        work += f" x {pairs} samples = {epochs * pairs:,} samples"
     console.print(f"Training: {work}; {_time(sweep, folder.parent, resolved, epochs)}", soft_wrap=True)
 
 
@@ -71,7 +71,7 @@ def _time(sweep: Sweep, storage: Path, resolved: Resolved, epochs: int) -> str:
                     seconds += [metrics["epoch_s"] for _, metrics in trial.results if metrics.get("epoch_s", 0) > 0]
     if not seconds and sweep.sample_cpu_s and resolved.profile != "full":
         hours = epochs * resolved.values["samples_per_epoch"] * sweep.sample_cpu_s / 3600
-        return f"about {hours:.1f} CPU-hours at {1000 * sweep.sample_cpu_s:.0f} ms per pair, as it once took"
+        return f"about {hours:.1f} CPU-hours at {1000 * sweep.sample_cpu_s:.3g} ms per sample, as it once took"
     if not seconds:
         return f"time unknown: no sweep of this size was run in {storage} yet"
     mean = sum(seconds) / len(seconds)
