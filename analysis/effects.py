@@ -87,7 +87,8 @@ def contrast(wanted: Contrast, tables: Mapping[str, ArrayLike]) -> Effect:
     of_rest = float((residual**2).sum()) / ((seeds - 1) * (samples - 1)) / (seeds * samples)
     # The estimate may come out below its larger part, where the residual is over-estimated: then that part stands.
     variance = max(of_seeds + of_samples - of_rest, of_seeds, of_samples)
-    half, enough = 0.0, None
+    half = 0.0
+    enough: int | None = None
     if variance > 0:
         freedom = variance**2 / (of_seeds**2 / (seeds - 1) + of_samples**2 / (samples - 1))
         half = float(stats.t.ppf((1 + LEVEL) / 2, max(freedom, 1.0))) * math.sqrt(variance)

@@ -69,7 +69,7 @@ def sentences(found_: Sequence[Found]) -> list[str]:
     """What the closing screen says: of several comparisons, each under its title."""
     from analysis.effects import caution, sentence
 
-    lines = []
+    lines: list[str] = []
     for one in found_:
         lines += [f"{one.comparison.title} ({one.comparison.file}):"] if len(found_) > 1 else []
         lines += [sentence(effect) for effect in one.effects]

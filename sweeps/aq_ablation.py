@@ -9,14 +9,15 @@ All arms of a seed start from the same weights and train for as many steps on th
 is a share of a run: signals are on from the start to half of it (Stage 1), or from there on (Stage 2).
 """
 
+from functools import partial
+
 from sweeps.launch import main
 from sweeps.settings import DECODER, DECODER_WORKLOAD
 from sweeps.spec import Comparison, Sweep, Trial, each, interaction, main_effect, step
 from trainables import evaluate
 from trainables.distill import Distill
 
-T, R, O = dict(transformer=0.1), dict(rnn=0.1), dict(readout=0.3)  # noqa: E741 (the signals' usual letters)
-FIRST = dict(transformer=step(0.1, 0, at=0.5), rnn=step(0.1, 0, at=0.5), readout=step(0.3, 0, at=0.5))
+first = partial(step, second=0, at=0.5)  # a weight in Stage 1 alone
 
 AQ = Sweep(
     stage="AQ5", domain="alphaqubit", trainable=Distill, measure=evaluate, latency=False,
@@ -29,15 +30,15 @@ AQ = Sweep(
     trials=[
         Trial("AQ-5", combo="none", keyparams="", alpha=1.0, beta=0),
         Trial("AQ-5", combo="final", keyparams=""),  # the baseline of AQ-1: settings as they are
-        Trial("AQ-5", combo="transformer", keyparams="", **T),
-        Trial("AQ-5", combo="rnn", keyparams="", **R),
-        Trial("AQ-5", combo="readout", keyparams="", **O),
-        Trial("AQ-5", combo="transformer-rnn", keyparams="", **T, **R),
-        Trial("AQ-5", combo="all", keyparams="", **T, **R, **O),  # Stage 1 alone
+        Trial("AQ-5", combo="transformer", keyparams="", transformer=0.1),
+        Trial("AQ-5", combo="rnn", keyparams="", rnn=0.1),
+        Trial("AQ-5", combo="readout", keyparams="", readout=0.3),
+        Trial("AQ-5", combo="transformer-rnn", keyparams="", transformer=0.1, rnn=0.1),
+        Trial("AQ-5", combo="all", keyparams="", transformer=0.1, rnn=0.1, readout=0.3),  # Stage 1 alone
         Trial("AQ-5", combo="fused", keyparams="", beta=0, fused=0.7),
-        Trial("AQ-5", combo="stage1-final", keyparams="", **FIRST),
-        Trial("AQ-5", combo="stage1-fused", keyparams="", **FIRST, beta=step(0.7, 0, at=0.5),
-              fused=step(0, 0.7, at=0.5)),
+        Trial("AQ-5", combo="stage1-final", keyparams="", transformer=first(0.1), rnn=first(0.1), readout=first(0.3)),
+        Trial("AQ-5", combo="stage1-fused", keyparams="", transformer=first(0.1), rnn=first(0.1), readout=first(0.3),
+              beta=first(0.7), fused=step(0, 0.7, at=0.5)),
     ],
     comparisons=[
         Comparison("ablation_signals.json", "What each signal adds to hard labels and final logits", [
