@@ -52,11 +52,15 @@ class AlphaQubit:
         self.seed, self.primary = seed, self.workload.primary
 
     # ------------------------------------------------------------------ models
-    def _build(self, size: str, **changes: Any) -> Decoder:
+    @property
+    def _experiment(self) -> dict[str, Any]:
+        """What a decoder's config says of the experiment that it is for."""
         w = self.workload
         basis = w.basis if w.outputs == "observable" else BOTH
-        sizes = preset(size, w.distance, outputs=w.outputs, **changes)
-        return build(**sizes.to_data(), distance=w.distance, basis=basis)
+        return {"distance": w.distance, "basis": basis, "outputs": w.outputs}
+
+    def _build(self, size: str, **changes: Any) -> Decoder:
+        return build(**{**preset(size, self.workload.distance, **changes).to_data(), **self._experiment})
 
     def new_teacher(self) -> Decoder:
         """A decoder of the settings' size with fresh weights from the present random state."""
@@ -73,12 +77,14 @@ class AlphaQubit:
 
     def _check(self, model: Decoder, what: str) -> None:
         """InputError where a decoder is of another experiment."""
-        fresh = self._build("student").config
-        for key in ("distance", "basis", "outputs"):
-            if model.config[key] != fresh[key]:
+        for key, ours in self._experiment.items():
+            theirs = model.config[key]
+            if theirs != ours:
+                # No setting says basis=XZ: it is what the outputs xz and ixyz have.
+                name = "outputs" if BOTH in (theirs, ours) else key
                 raise InputError(
-                    f"{what} is of {key}={model.config[key]}, the workload of {key}={fresh[key]}: give a decoder of "
-                    f"the same experiment or --set {key}={model.config[key]}"
+                    f"{what} is of {key}={theirs}, the workload of {key}={ours}: give a decoder of the same "
+                    f"experiment or --set {name}={model.config[name]}"
                 )
 
     def student(self, inherit: bool) -> Decoder:
@@ -108,7 +114,7 @@ class AlphaQubit:
             with torch.random.fork_rng(devices=[]):
                 model = build(**config)
             model.load_state_dict(weights)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, InputError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: not a decoder of this architecture ({reason})") from None
         return model
