@@ -182,7 +182,9 @@ def test_bad_models_are_named_in_one_line(aq, tmp_path, teacher_file):
     cut.write_bytes(other.read_bytes()[:3000])
     wide = aq.save(tmp_path / "wide.pth", aq.new_decoder(distance=5))
     weights = checkpoint.load(other)["model"]
-    checkpoint.save(tmp_path / "lost.pth", {"model": dict(list(weights.items())[1:]), "config": aq.new_decoder().config})
+    checkpoint.save(
+        tmp_path / "lost.pth", {"model": dict(list(weights.items())[1:]), "config": aq.new_decoder().config}
+    )
     checkpoint.save(tmp_path / "odd.pth", {"model": weights, "config": {**aq.new_decoder().config, "dim": "8"}})
     cases = [
         (lambda: aq.domain(model=str(tmp_path / "no.pth")).student(False), "no.pth does not exist"),
