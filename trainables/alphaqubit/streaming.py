@@ -36,7 +36,7 @@ class Step(nn.Module):
         self.table = rows.transpose(0, 1).reshape(decoder.stabilizers * CODES, -1)
         repeated = torch.arange(CODES) % 4
         self.attention = [own._replace(events=own.events[repeated]) for own in const.attention]
-        self.grids, self.layers = const.convolutions, decoder._layers()
+        self.grids, self.layers = const.convolutions, nn.ModuleList(decoder._layers())
         self.first = torch.arange(0, CODES * decoder.stabilizers, CODES, dtype=torch.int32)
 
     def forward(self, state: Tensor, codes: Tensor) -> Tensor:

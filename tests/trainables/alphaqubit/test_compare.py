@@ -48,11 +48,11 @@ def test_both_observables_are_compared_as_pairs_of_flips(label):
 def test_interval_of_decisions_is_that_of_all_pairs():
     """Drawing equal pairs together gives the same distribution: quantiles agree within 10 % of the width."""
     draw = np.random.default_rng(0)
-    own, other = (draw.random((2, 4000)) < np.array([[0.11], [0.1]])).astype(float)
-    together = paired_drop(own, other, True, seed=1, n=4000)
-    apart = paired_drop(own + draw.random(4000) * 1e-9, other, True, seed=1, n=4000)
+    own, other = (draw.random((2, 1500)) < np.array([[0.11], [0.1]])).astype(float)
+    together = paired_drop(own, other, True, seed=1, n=3000)
+    apart = paired_drop(own + draw.random(1500) * 1e-9, other, True, seed=1, n=3000)
     assert [together.lo, together.hi] == pytest.approx([apart.lo, apart.hi], abs=0.1 * (apart.hi - apart.lo))
-    assert compare.ratio(own, np.zeros(4000), 0) is None
+    assert compare.ratio(own, np.zeros(1500), 0) is None
     assert compare.binomial(0, 100)[0] == 0 and compare.binomial(0, 100)[1] == pytest.approx(0.0362, abs=1e-4)
 
 
