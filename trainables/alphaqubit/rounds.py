@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,10 @@ def count(model: Decoder, experiment: Experiment, shots: int, seed: int) -> list
         found = flips(logits(model, batch["events"], batch["measurements"]), experiment.label)
         return np.asarray((found != label_flips(batch["label"], experiment.label)).any(1))
 
-    decoders = {"decoder": own}
-    for name in compare.FAST:
-        decoders[name] = lambda name=name: compare.wrong(name, experiment, batch)
+    decoders: dict[str, Callable[[], np.ndarray]] = {"decoder": own}
+    decoders |= {name: partial(compare.wrong, name, experiment, batch) for name in compare.FAST}
     if experiment.distance == 3:
-        decoders["exact"] = lambda: _exact(experiment, batch)
+        decoders["exact"] = partial(_exact, experiment, batch)
     rows = []
     for name, decode in decoders.items():
         started = time.perf_counter()

@@ -26,7 +26,7 @@ from trainables.alphaqubit.model import Decoder
 VARIABLES = {"slimsweep_teacher": "SLIMSWEEP_TEACHER", "slimsweep_student": "SLIMSWEEP_STUDENT"}
 
 
-class CompiledNeural(sinter.CompiledDecoder):
+class CompiledNeural(sinter.CompiledDecoder):  # type: ignore[misc]
     """A decoder for the detectors of one DEM."""
 
     def __init__(self, model: Decoder, placement: Placement) -> None:
@@ -42,7 +42,7 @@ class CompiledNeural(sinter.CompiledDecoder):
         return np.packbits(found, axis=1, bitorder="little")
 
 
-class Neural(sinter.Decoder):
+class Neural(sinter.Decoder):  # type: ignore[misc]
     """Weights by their path, so that it pickles; they are read in the process that decodes."""
 
     def __init__(self, name: str, path: str | None) -> None:

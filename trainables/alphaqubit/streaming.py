@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from engines.errors import InputError
 from engines.export import export_onnx
 from engines.runtimes import OnnxRuntime
-from trainables.alphaqubit.model import Decoder, without_training_heads
+from trainables.alphaqubit.model import Decoder, Layer, without_training_heads
 
 CODES = 16  # 8 last + 4 measurement + 2 event + event before
 STEP, READ = "step.onnx", "read.onnx"
@@ -43,6 +43,7 @@ class Step(nn.Module):
         """(1, S, D), (1, S) int32 in 0..15 -> (1, S, D)."""
         x = torch.add(F.embedding(codes + self.first, self.table), state, alpha=math.sqrt(0.5))
         for layer, attention, grid in zip(self.layers, self.attention, self.grids, strict=True):
+            assert isinstance(layer, Layer)
             x = layer.grid(layer.dense(layer.attention(x, codes, attention)), grid)
         return x
 
