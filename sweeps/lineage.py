@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
+SCRIPTS = {"K": "k_grid.py", "AQ2": "aq_stage1.py"}  # stages that others start from
+
 
 def best_of(uri: str, stage: str, file: str, domain: str, profile: str, folder: Path) -> Path:
     """Download `file` of the trial that the newest finished sweep of `stage` chose; the path below `folder`.
@@ -25,9 +27,10 @@ def best_of(uri: str, stage: str, file: str, domain: str, profile: str, folder: 
         InputError: no store answers, no such sweep, or it left no such file.
     """
     check_reachable(uri)
+    script = f" (python sweeps/{SCRIPTS[stage]} --profile {profile})" if stage in SCRIPTS else ""
     missing = InputError(
         f"{uri}: no finished sweep of stage {stage}, profile {profile}, is in there to take {file} from; run "
-        f"that sweep first (stage K: python sweeps/k_grid.py --profile {profile}), or give a file with --set model=PATH"
+        f"that sweep first{script}, or give a file with --set model=PATH"
     )
     path = sqlite_path(uri)
     if path and not path.exists():

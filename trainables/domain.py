@@ -107,6 +107,14 @@ class Domain(Protocol):
         model: a plain one, or any module that takes :meth:`inputs` and answers as the deployed module does.
         """
 
+    def compare(self, own: dict[str, Tensor], split: str) -> dict[str, float]:
+        """More numbers for the record, from metrics that :meth:`evaluate` gave with `full`: how they stand beside other
+        methods on the same samples. Empty where there is nothing to compare with.
+        """
+
+    def pace(self, model: nn.Module, p50_ms: float, device: str) -> dict[str, float]:
+        """Times in the domain's own units, for the record, from the median at batch 1; called alone on the device."""
+
     def sampled(self) -> dict[str, Any]:
         """The workload's own samples, on which latency is measured, as plain data for its file."""
 

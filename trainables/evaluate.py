@@ -90,6 +90,7 @@ def measure_quality(job: Job) -> dict[str, Any]:
     primary = domain.primary
     change = _drop(job, domain, own, teacher)
     means = {name: float(values.mean()) for name, values in own.items()}
+    beside = domain.compare(own, "test")
     size = {"params_down": 1 - params_M(model) / params_M(domain.teacher())} if job["weights"] else {}
     return {
         **means,
@@ -99,7 +100,13 @@ def measure_quality(job: Job) -> dict[str, Any]:
         "drop_hi": change.hi,
         "parent": None,
         **more,
-        "extra": {"test_samples": len(own[primary]), "weights": model_hash(model), **size, **more.get("extra", {})},
+        "extra": {
+            "test_samples": len(own[primary]),
+            "weights": model_hash(model),
+            **size,
+            **beside,
+            **more.get("extra", {}),
+        },
     }
 
 

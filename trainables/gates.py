@@ -67,11 +67,15 @@ def paired_drop(
         return Drop(math.nan, math.nan, math.nan)
     pairs, rng = len(a), np.random.default_rng(seed)
     sums = np.empty((n, 2))
-    both = np.stack([a, b], axis=1)
-    step = max(1, _CHUNK_CELLS // pairs)
+    both, shares = np.stack([a, b], axis=1), np.full(pairs, 1 / pairs)
+    # Equal pairs are drawn together: a hundred thousand right or wrong decisions are four kinds of pairs.
+    kinds, counts = np.unique(both, axis=0, return_counts=True)
+    if len(kinds) <= pairs / 2:
+        both, shares = kinds, counts / pairs
+    step = max(1, _CHUNK_CELLS // len(both))
     for start in range(0, n, step):
         rows = min(step, n - start)
-        weights = rng.multinomial(pairs, np.full(pairs, 1 / pairs), size=rows)
+        weights = rng.multinomial(pairs, shares, size=rows)
         sums[start : start + rows] = weights @ both
     with np.errstate(divide="ignore", invalid="ignore"):
         changes = sums[:, 0] / sums[:, 1] - 1

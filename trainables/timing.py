@@ -55,6 +55,7 @@ def measure_latency(job: Job) -> dict[str, Any]:
         calls = {name: _next_sample(engine, arrays) for name, engine in engines.items()}
         seed = settings["workload_seed"]
         samples = measure(calls, settings["warmup"], settings["repeats"], seed)
+    model = model_of(job, domain) if job["weights"] else domain.teacher()
     names = list(samples)
     own = next(name for name in ("own int8", "own onnxruntime", "own torch", "teacher onnxruntime", "teacher torch")
                if name in names)  # fmt: skip
@@ -82,6 +83,7 @@ def measure_latency(job: Job) -> dict[str, Any]:
         "extra": {
             **extra,
             **found["extra"],
+            **domain.pace(model, best.p50_ms, device),
             "threads": settings["threads"],
             **{key: value for key, value in state.items() if value is not None},
         },

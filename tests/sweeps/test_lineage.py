@@ -53,4 +53,6 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(store, tmp_path)
         best_of(store, "K", FILE, "dust3r", "small", tmp_path)
     with pytest.raises(InputError, match="no finished sweep"):
         best_of(f"sqlite:///{tmp_path / 'new.db'}", "K", FILE, "dust3r", "demo", tmp_path)
+    with pytest.raises(InputError, match="no finished sweep of stage AQ2, profile demo.*aq_stage1.py --profile demo"):
+        best_of(f"sqlite:///{tmp_path / 'new.db'}", "AQ2", "aq_stage1_best.pth", "alphaqubit", "demo", tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from engines.errors import InputError
-from trainables import checkpoint
-from trainables.alphaqubit import circuits, exact, layout, losses, matching, sampler
+from engines.export import export_onnx
+from engines.latency import measure
+from engines.runtimes import OnnxRuntime
+from trainables.alphaqubit import circuits, compare, decisions, exact, layout, losses, matching, sampler
 from trainables.alphaqubit.config import from_data, preset
+from trainables.alphaqubit.decisions import SHIPPED
 from trainables.alphaqubit.fusion import FusedTeacher, cached_probes, load_probes
 from trainables.alphaqubit.layout import BOTH
 from trainables.alphaqubit.model import Decoder, build, without_training_heads
@@ -27,8 +31,7 @@ from trainables.alphaqubit.settings import SIGNALS, DecoderPretrainSettings, Dec
 from trainables.domain import Batch, Outputs, Signal
 from trainables.schedules import Schedule
 
-SHIPPED = Path(__file__).parent / "weights" / "teacher_d3.safetensors"
-SHOTS = 1024  # evaluated at a time
+BATCH = 1024  # of the throughput
 FEATURES = ("readout", *losses.FEATURES)
 _NAMES = {"beta": "final"}  # a signal's name in the losses, where its weight's setting has another
 # What is cached depends on this code and on stim's random numbers.
@@ -52,11 +55,15 @@ class AlphaQubit:
         self.seed, self.primary, self._cache = seed, self.workload.primary, cache
 
     # ------------------------------------------------------------------ models
-    def _build(self, size: str, **changes: Any) -> Decoder:
+    @property
+    def _experiment(self) -> dict[str, Any]:
+        """What a decoder's config says of the experiment that it is for."""
         w = self.workload
         basis = w.basis if w.outputs == "observable" else BOTH
-        sizes = preset(size, w.distance, outputs=w.outputs, **changes)
-        return build(**sizes.to_data(), distance=w.distance, basis=basis)
+        return {"distance": w.distance, "basis": basis, "outputs": w.outputs}
+
+    def _build(self, size: str, **changes: Any) -> Decoder:
+        return build(**{**preset(size, self.workload.distance, **changes).to_data(), **self._experiment})
 
     def new_teacher(self) -> Decoder:
         """A decoder of the settings' size with fresh weights from the present random state."""
@@ -79,12 +86,14 @@ class AlphaQubit:
 
     def _check(self, model: Decoder, what: str) -> None:
         """InputError where a decoder is of another experiment."""
-        fresh = self._build("student").config
-        for key in ("distance", "basis", "outputs"):
-            if model.config[key] != fresh[key]:
+        for key, ours in self._experiment.items():
+            theirs = model.config[key]
+            if theirs != ours:
+                # No setting says basis=XZ: it is what the outputs xz and ixyz have.
+                name = "outputs" if BOTH in (theirs, ours) else key
                 raise InputError(
-                    f"{what} is of {key}={model.config[key]}, the workload of {key}={fresh[key]}: give a decoder of "
-                    f"the same experiment or --set {key}={model.config[key]}"
+                    f"{what} is of {key}={theirs}, the workload of {key}={ours}: give a decoder of the same "
+                    f"experiment or --set {name}={model.config[name]}"
                 )
 
     def student(self, inherit: bool) -> Decoder:
@@ -109,15 +118,7 @@ class AlphaQubit:
 
     def load(self, path: Path) -> Decoder:
         """A decoder from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
-        config, weights = checkpoint.read_model(path)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                model = build(**config)
-            model.load_state_dict(weights)
-        except (RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{path}: not a decoder of this architecture ({reason})") from None
-        return model
+        return decisions.read(path)
 
     def blank(self, model: nn.Module) -> Decoder:
         """The same architecture with weights of its own."""
@@ -159,7 +160,7 @@ class AlphaQubit:
         return self._training.at(indices)
 
     def sampled(self) -> dict[str, Any]:
-        """The shots on which latency is measured, by their hash, and the hash of all test shots."""
+        """The hash of the test shots, of which the first ones are those that are timed."""
         w = self.workload
         return {"test_shots_hash": fixed_shots(w.experiment, w.workload_seed, w.test_shots)[1]}
 
@@ -224,7 +225,6 @@ class AlphaQubit:
         return losses.adapters(from_data(sizes), preset(self.distill.size, self.workload.distance), on)
 
     # ------------------------------------------------------------------ evaluation
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str, full: bool = False) -> dict[str, Tensor]:
         """Per shot, (shots,) float32: 'ler' 1 where any flip is predicted wrongly; 'nll' its cross entropy in nats.
 
@@ -232,13 +232,8 @@ class AlphaQubit:
         the posterior probability that the decision is wrong.
         """
         shots = self._fixed(split)
-        device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
-        parts = []
-        for at in range(0, self._count(split), SHOTS):
-            batch = {name: value[at : at + SHOTS].to(device) for name, value in shots.items()}
-            answer = model(*self.inputs(batch))
-            parts.append((answer if isinstance(answer, Tensor) else answer[0]).float().cpu())
-        logits, label = torch.cat(parts), shots["label"]
+        logits = decisions.logits(model, shots["events"], shots["measurements"])
+        label = shots["label"]
         if self.workload.outputs == "ixyz":
             wrong = logits.argmax(1) != label[:, 0]
             nll = nn.functional.cross_entropy(logits, label[:, 0].long(), reduction="none")
@@ -250,6 +245,32 @@ class AlphaQubit:
             flipped = torch.from_numpy(self._posterior(split)).float()
             found["ler_exact"] = torch.where(logits[:, 0] > 0, 1 - flipped, flipped)
         return found
+
+    def compare(self, own: dict[str, Tensor], split: str) -> dict[str, float]:
+        """Error rates beside those of other decoders on the same shots; see :mod:`trainables.alphaqubit.compare`."""
+        limit = None
+        if self._has_exact:
+            flipped = self._posterior(split)
+            limit = np.minimum(flipped, 1 - flipped)
+        return compare.measures(own, self.workload.experiment, self._fixed(split), limit, self.workload.workload_seed)
+
+    def pace(self, model: nn.Module, p50_ms: float, device: str) -> dict[str, float]:
+        """Microseconds per shot and per layer of detectors at batch 1, and per shot at batch BATCH in ONNX Runtime."""
+        w = self.workload
+        found = {"us_per_shot": 1000 * p50_ms, "us_per_round": 1000 * p50_ms / (w.rounds + 1)}
+        batch = self.inputs(Sampler(w.experiment, w.workload_seed, "test").shots(0, BATCH))
+        module, _, names_in, names_out = self.deployed(model)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "batch.onnx"
+            export_onnx(module.cpu(), batch, path, names_in, names_out)
+            try:
+                engine = OnnxRuntime(path, device, w.threads)
+            except InputError:  # this onnxruntime has no CUDA
+                return found
+            arrays = tuple(tensor.numpy() for tensor in batch)
+            times = measure({"batch": lambda: engine.run(arrays)}, 1, max(5, w.repeats // 6), w.workload_seed)["batch"]
+            engine.close()
+        return {**found, f"us_per_shot_{BATCH}": 1000 * float(np.median(times)) / BATCH}
 
     @property
     def _has_exact(self) -> bool:

@@ -35,8 +35,11 @@ OWN_SEED = 1_000_003  # above the workload's: probes learn from shots that no st
 class Probes(nn.Module):
     """One linear probe per kind of state, and the weights with which the heads' logits are fused."""
 
-    def __init__(self, inputs: int, logits: int, weights: Sequence[float]) -> None:
-        """inputs: S * D. logits: K. weights: of the transformer's probe, the rnn's probe and the readout."""
+    def __init__(self, inputs: int, logits: int, weights: Sequence[float], teacher: str = "") -> None:
+        """inputs: S * D. logits: K. weights: of the transformer's probe, the rnn's probe and the readout.
+
+        teacher: hash of the decoder whose states they read; another one of the same shape means nothing to them.
+        """
         super().__init__()
         if len(weights) != len(HEADS) or min(weights) < 0 or not sum(weights) > 0:
             raise InputError(
@@ -44,7 +47,8 @@ class Probes(nn.Module):
                 "not all 0, such as [1, 1, 1]"
             )
         total = sum(weights)
-        self.config: dict[str, Any] = {"inputs": inputs, "logits": logits, "weights": [w / total for w in weights]}
+        shares = [w / total for w in weights]
+        self.config: dict[str, Any] = {"inputs": inputs, "logits": logits, "weights": shares, "teacher": teacher}
         self.heads = nn.ModuleDict({name: nn.Linear(inputs, logits) for name in FEATURES})
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,18 +81,21 @@ class FusedTeacher(nn.Module):
 
 def probes_for(decoder: Decoder, weights: Sequence[float] = (1, 1, 1)) -> Probes:
     """Fresh probes that fit a decoder."""
-    return Probes(decoder.stabilizers * decoder.config["dim"], decoder._config.logits, weights)
+    inputs = decoder.stabilizers * decoder.config["dim"]
+    return Probes(inputs, decoder._config.logits, weights, checkpoint.model_hash(decoder))
 
 
 def load_probes(path: Path, decoder: Decoder) -> Probes:
-    """Probes of a file that :class:`Fuse` left; InputError where they don't fit this teacher."""
+    """Probes of a file that :class:`Fuse` left; InputError where they are not of this teacher."""
     config, weights = checkpoint.read_model(path)
-    fitting = probes_for(decoder).config
-    if {k: config.get(k) for k in ("inputs", "logits")} != {k: fitting[k] for k in ("inputs", "logits")}:
+    if config.get("teacher") != checkpoint.model_hash(decoder):
         raise InputError(f"fusion={path}: probes of another teacher; run python sweeps/aq_fusion.py with this one")
-    with torch.random.fork_rng(devices=[]):
-        probes = Probes(**config)
-    probes.load_state_dict(weights)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            probes = Probes(**config)
+        probes.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"fusion={path}: not a file of probes ({' '.join(str(error).split())[:200]})") from None
     return probes
 
 

@@ -301,6 +301,14 @@ class Dust3r:
             self._fixed[split] = [self.scene_pairs(split, scenes) for scenes in torch.split(torch.arange(count), 32)]
         return self._fixed[split]
 
+    def compare(self, own: dict[str, Tensor], split: str) -> dict[str, float]:
+        """Nothing: there is no other method to compare with."""
+        return {}
+
+    def pace(self, model: nn.Module, p50_ms: float, device: str) -> dict[str, float]:
+        """Nothing beyond milliseconds per pair."""
+        return {}
+
     def sampled(self) -> dict[str, Any]:
         """The sampled edges of the test scenes' pair graphs."""
         return {"pairs (scene, view, view)": [list(edge) for edge in pairs.sampled(self.workload)]}

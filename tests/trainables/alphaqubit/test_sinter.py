@@ -1,0 +1,125 @@
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sinter
+import torch
+
+from engines.errors import InputError
+from trainables.alphaqubit import decisions, sinter_csv
+from trainables.alphaqubit.circuits import both_observables_circuit, memory_circuit
+from trainables.alphaqubit.layout import layout_of
+from trainables.alphaqubit.sampler import Experiment, fixed_shots
+from trainables.alphaqubit.sinter_decoders import VARIABLES, Neural, decoders
+from trainables.record import Record, now, write_csv
+
+ROOT = Path(__file__).parents[3]
+MODULE = "trainables.alphaqubit.sinter_decoders:decoders"
+
+
+def compiled(path, circuit, name="slimsweep_student"):
+    return Neural(name, str(path)).compile_decoder_for_dem(dem=circuit.detector_error_model())
+
+
+def test_collect_and_the_command_agree_with_the_decoder(aq, tmp_path, monkeypatch):
+    """Rounds that the weights have never seen, both ways of running sinter, both decoders, and a picture."""
+    student = aq.save(tmp_path / "student.pth", aq.new_decoder(seed=3))
+    for variable, path in zip(VARIABLES.values(), (aq.teacher_file, student), strict=True):
+        monkeypatch.setenv(variable, str(path))
+    circuit = memory_circuit("Z", 3, 4, 0.02)
+    names = list(VARIABLES)
+    tasks = [sinter.Task(circuit=circuit, json_metadata={"r": 4, "p": 0.02})]
+    found = sinter.collect(num_workers=1, tasks=tasks, decoders=names, custom_decoders=decoders(), max_shots=500)
+    assert {line.decoder: line.shots for line in found} == dict.fromkeys(names, 500)
+    circuit.to_file(tmp_path / "r=4,p=0.02.stim")
+    command = [Path(sys.executable).parent / "sinter", "collect", "--circuits", tmp_path / "r=4,p=0.02.stim",
+               "--decoders", *names, "--custom_decoders_module_function", MODULE, "--max_shots", "500",
+               "--processes", "1", "--metadata_func", "auto", "--save_resume_filepath", tmp_path / "stats.csv",
+               "--quiet"]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = sinter.read_stats_from_csv_files(tmp_path / "stats.csv")
+    assert {line.decoder: line.shots for line in lines} == dict.fromkeys(names, 500)
+    shots = fixed_shots(Experiment(3, 4, 0.02), 1, 2000)[0]
+    for line in [*found, *lines]:
+        model = decisions.read(aq.teacher_file if "teacher" in line.decoder else student).eval()
+        predicted = decisions.logits(model, shots["events"], shots["measurements"]) > 0
+        rate = float((predicted != shots["label"].bool()).float().mean())
+        # Two samples of one rate: five standard errors of the difference.
+        assert abs(line.errors / 500 - rate) < 5 * (0.25 / 500 + 0.25 / 2000) ** 0.5
+
+
+@pytest.mark.parametrize("outputs", ["observable", "xz", "ixyz"])
+def test_packed_bits_are_the_models_decisions(aq, tmp_path, outputs):
+    memory = outputs == "observable"
+    model = aq.new_decoder(basis="Z" if memory else "XZ", outputs=outputs)
+    circuit = memory_circuit("Z", 3, 3, 0.05) if memory else both_observables_circuit(3, 3, 0.05)
+    events = circuit.compile_detector_sampler(seed=1).sample(300).astype(np.uint8)
+    placement = layout_of(circuit)
+    grid = placement.to_grid(events)
+    bits = [torch.from_numpy(part) for part in (grid, placement.measurements(grid))]
+    with torch.no_grad():  # random weights answer alike for all shots, unless they are centred
+        list(model.readout.heads.values())[-1].bias.sub_(decisions.logits(model, *bits).median(0).values[-1:])
+    path = aq.save(tmp_path / "m.pth", model)
+    decoder = pickle.loads(pickle.dumps(Neural("slimsweep_student", str(path))))
+    ready = decoder.compile_decoder_for_dem(dem=circuit.detector_error_model())
+    packed = np.packbits(events, axis=1, bitorder="little")
+    found = ready.decode_shots_bit_packed(bit_packed_detection_event_data=packed)
+    assert found.dtype == np.uint8 and found.shape == (300, 1)
+    flips = decisions.flips(decisions.logits(model, *bits), outputs)
+    unpacked = np.unpackbits(found, axis=1, count=circuit.num_observables, bitorder="little")
+    assert np.array_equal(unpacked, flips) and flips.min() < flips.max()
+
+
+def test_circuits_of_another_shape_end_in_one_line(aq, tmp_path, monkeypatch):
+    for variable in VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+    both = decoders()
+    assert both["slimsweep_teacher"].path == str(decisions.SHIPPED)
+    path, z = aq.teacher_file, memory_circuit("Z", 3, 2, 0.01)
+    scattered = memory_circuit("Z", 3, 2, 0.01)
+    scattered.insert(0, type(scattered)("SHIFT_COORDS(0.5, 0, 0)")[0])
+    uneven = type(scattered)(str(z).replace("DETECTOR(2, 0, 0)", "DETECTOR(7, 1, 0)"))
+    bare = type(scattered)("\n".join(line.split(")")[1].join(["DETECTOR", ""]) if "DETECTOR(" in line else line
+                                     for line in str(z.flattened()).splitlines()))  # fmt: skip
+    cases = [
+        (lambda: both["slimsweep_student"].compile_decoder_for_dem(dem=z.detector_error_model()), "SLIMSWEEP_STUDENT"),
+        (lambda: compiled(tmp_path / "no.pth", z), "no.pth does not exist"),
+        (lambda: compiled(path, memory_circuit("Z", 5, 2, 0.01)), "circuit is of distance=5.*of distance=3: train a"),
+        (lambda: compiled(path, memory_circuit("X", 3, 2, 0.01)), "circuit is of basis=X.*of basis=Z"),
+        (lambda: compiled(path, both_observables_circuit(3, 2, 0.01)), "circuit is of basis=XZ"),
+        (lambda: compiled(path, uneven), "match no rotated surface code"),
+        (lambda: compiled(path, bare), r"detector 0 has coordinates \(\)"),
+    ]
+    for call, named in cases:
+        with pytest.raises(InputError, match=named) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_records_of_a_sweep_become_sinters_lines(aq, tmp_path, capsys):
+    extra = {"ler": 0.025, "test_samples": 4000, "ler_matching": 0.03, "ler_correlated": 0.031, "ler_limit": 0.02}
+    (tmp_path / "files").mkdir()
+    rows = [Record(exp_id=f"AQ1_KD_run{k}", datetime=now(), extra=extra) for k in (1, 2)]
+    write_csv(tmp_path / "files" / "result_table.csv", [*rows, Record(exp_id="AQ1_failed_run1", datetime=now())])
+    (tmp_path / "workload.yaml").write_text(
+        "{distance: 3, rounds: 2, p: 0.01, noise: uniform, basis: Z, outputs: observable}"
+    )
+    out = tmp_path / "stats.csv"
+    assert sinter_csv.main([str(tmp_path), str(out)]) == 0
+    found = {line.decoder: (line.shots, line.errors) for line in sinter.read_stats_from_csv_files(out)}
+    assert found == {"AQ1_KD_run1": (4000, 100), "AQ1_KD_run2": (4000, 100), "pymatching": (4000, 120),
+                     "pymatching_correlated": (4000, 124), "exact": (4000, 80)}  # fmt: skip
+    picture = tmp_path / "ler.png"
+    sinter_main = [Path(sys.executable).parent / "sinter", "plot", "--in", out, "--x_func", "m.r", "--out", picture]
+    done = subprocess.run(list(map(str, sinter_main)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and picture.stat().st_size > 1000, done.stderr[-2000:]
+    assert sinter_csv.main([str(tmp_path / "none"), str(out)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert sinter_csv.main([str(tmp_path), str(tmp_path / "no" / "out.csv")]) == 2

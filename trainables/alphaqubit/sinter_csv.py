@@ -1,0 +1,90 @@
+"""Results as sinter's CSV, for `sinter plot` and `sinter combine`.
+
+python -m trainables.alphaqubit.sinter_csv RUN_FOLDER stats.csv     # a finished sweep's decoders and matching
+sinter plot --in stats.csv --group_func "f'{decoder} p={m.p}'" --x_func m.r --failure_units_per_shot_func m.r --out ler.png
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import sinter
+import yaml
+
+from engines.errors import InputError
+from trainables.alphaqubit.sampler import Experiment
+from trainables.record import Record, read_csv
+
+REFERENCES = {"ler_matching": "pymatching", "ler_correlated": "pymatching_correlated", "ler_limit": "exact"}
+
+
+def stats(experiment: Experiment, decoder: str, shots: int, errors: int, seconds: float = 0.0) -> sinter.TaskStats:
+    """One line of sinter's CSV. Its metadata: distance d, rounds r, p, basis b, noise; its id is sinter's own."""
+    e = experiment
+    metadata = {"d": e.distance, "r": e.rounds, "p": e.p, "b": e.basis, "noise": e.noise, "outputs": e.label}
+    circuit = e.circuit()
+    dem = circuit.detector_error_model(decompose_errors=True)
+    task = sinter.Task(circuit=circuit, decoder=decoder, detector_error_model=dem, json_metadata=metadata)
+    return sinter.TaskStats(
+        strong_id=task.strong_id(), decoder=decoder, json_metadata=metadata, shots=shots, errors=errors, seconds=seconds
+    )
+
+
+def append(path: Path, lines: Sequence[sinter.TaskStats]) -> None:
+    """Add lines to a file, with the header where it is new: sinter adds up those of one id."""
+    try:
+        new = not path.exists() or path.stat().st_size == 0
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in ([sinter.CSV_HEADER] if new else []) + list(lines)))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); give another file") from None
+
+
+def of_run(folder: Path) -> list[sinter.TaskStats]:
+    """Every decoder that a finished sweep measured, and once those that it was compared with."""
+    try:
+        workload = yaml.safe_load((folder / "workload.yaml").read_text())
+        records = read_csv(folder / "files" / "result_table.csv")
+    except OSError as error:
+        raise InputError(f"{folder}: not the folder of a finished sweep ({error.strerror}: {error.filename})") from None
+    keys = ("distance", "rounds", "p", "noise", "basis", "outputs")
+    if not isinstance(workload, dict) or any(key not in workload for key in keys):
+        raise InputError(f"{folder}/workload.yaml: expected the workload of a decoder sweep (sweeps/aq_*.py)")
+    experiment = Experiment(*(workload[key] for key in keys))
+    found: dict[str, sinter.TaskStats] = {}
+    for record in records:
+        for decoder, rate in [(record.exp_id, record.extra.get("ler")), *_references(record)]:
+            shots = record.extra.get("test_samples")
+            if isinstance(rate, int | float) and isinstance(shots, int) and decoder not in found:
+                found[decoder] = stats(experiment, decoder, shots, round(rate * shots))
+    if not found:
+        raise InputError(f"{folder}: no record with an error rate; measure with sweeps/aq_baseline.py or another stage")
+    return list(found.values())
+
+
+def _references(record: Record) -> list[tuple[str, object]]:
+    return [(name, record.extra.get(key)) for key, name in REFERENCES.items()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainables.alphaqubit.sinter_csv", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("run", type=Path, help="folder of a finished sweep, such as runs/aq_baseline_small_seed42")
+    parser.add_argument("csv", type=Path, help="file to add to")
+    given = parser.parse_args(arguments)
+    try:
+        append(given.csv, of_run(given.run))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
