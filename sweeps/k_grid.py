@@ -29,7 +29,7 @@ K = Sweep(
         lr=loguniform(1e-5, 1e-2), depth=uniform(0.4, 0.9), dec_depth=uniform(0.6, 1), heads=uniform(0.5, 0.9),
         ffn=uniform(0.5, 0.9),
     ),
-    search_task="K-search", best="student_fp32_best.pth", log="distill_log.json", sample_cpu_s=0.017,
+    search_task="K-search", best="student_fp32_best.pth", log="distill_log.json", sample_cpu_s=0.018,
 )  # fmt: skip
 
 if __name__ == "__main__":

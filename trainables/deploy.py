@@ -98,6 +98,16 @@ def compile_int8(
         return tensorrt_build.compile_int8(source, path, policy, ranges, workload_hash)
 
 
+def ranges(domain: Domain, model: nn.Module, policy: QuantPolicy, folder: Path) -> dict[str, float]:
+    """The magnitude at which the first input of every INT8 node is clipped, by the policy's calibration; node -> it."""
+    with _fp32(domain, model, folder) as fp32:
+        found = ranges_of(fp32, policy, feeds(domain, policy.calibration))
+        nodes = {node.name: node for node in onnx.load(str(fp32)).graph.node}
+        chosen = choices(onnx.load(str(fp32)), policy)
+    firsts = {choice.node: found[nodes[choice.node].input[0]] for choice in chosen if choice.precision == "int8"}
+    return {node: max(abs(low), abs(high)) for node, (low, high) in firsts.items()}
+
+
 def choices_of(domain: Domain, model: nn.Module, *policies: QuantPolicy) -> list[list[Choice]]:
     """What each policy says of every layer of `model`. InputError for a pattern that matches none."""
     with TemporaryDirectory() as folder, _fp32(domain, model, Path(folder)) as fp32:

@@ -67,26 +67,26 @@ class Quantize(Distill):
         return learning_rate((step - start + 1) / (end - start), peak, self.quant.lr_end, self.quant.lr_warmup)
 
     def _fake(self, epoch: int) -> None:
-        """Fake quantization with ranges of the present weights, until they are frozen."""
-        if not self.faked:
+        """Fake quantization with the ranges that the policy finds for the present weights, until they are frozen."""
+        first = not self.faked
+        if first:
             self._insert()
-        elif epoch <= self.settings["epochs"] - math.ceil(self.quant.frozen_share * self.settings["epochs"]):
-            fake_quant.recalibrate(self.model, self._calibration)
+        if first or epoch <= self.settings["epochs"] - math.ceil(self.quant.frozen_share * self.settings["epochs"]):
+            clipped = deploy.ranges(self.domain, self._plain(), self.policy, self.folder)
+            ranges = {name: max(clipped[node] for node in nodes) for name, nodes in self._nodes.items()}
+            fake_quant.set_ranges(self.model, ranges)
 
     def _insert(self) -> None:
         (chosen,) = deploy.choices_of(self.domain, self.model, self.policy)
-        names = fake_quant.module_names(chosen, self.model)
-        fake_quant.insert(self.model, names, self.policy, self._calibration)
+        self._nodes = fake_quant.modules_of(chosen, self.model)
+        fake_quant.insert(self.model, self._nodes, self.policy, self._look)
         self.faked = True
 
     @torch.no_grad()
-    def _calibration(self, model: nn.Module) -> None:
-        """A pass over the calibration samples."""
-        model.eval()
-        for rows in torch.split(torch.arange(self.policy.calibration), deploy.CALIBRATION_BATCH):
-            batch = {name: value.to(self.device) for name, value in self.domain.samples("train", rows).items()}
-            self.domain.forward(model, batch)
-        model.train()
+    def _look(self, model: nn.Module) -> None:
+        """A pass over a few samples, which gives every range its shape."""
+        samples = self.domain.samples("train", torch.arange(deploy.CALIBRATION_BATCH))
+        self.domain.forward(model, {name: value.to(self.device) for name, value in samples.items()})
 
     # ------------------------------------------------------------------ what is validated and kept
     def validate(self) -> dict[str, float]:

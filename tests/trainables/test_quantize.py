@@ -55,6 +55,10 @@ def test_past_the_budget_it_trains_and_fakes_quantization_in_the_last_share(tiny
     quantized = {n for n, m in trial.model.named_modules() if getattr(m, "weight_quantizer", None) is not None
                  and m.weight_quantizer.is_enabled}  # fmt: skip
     assert "enc_blocks.0.attn.qkv" in quantized and "enc_blocks.0.norm1" not in quantized
+    clipped = deploy.ranges(trial.domain, trial._plain(), trial.policy, trial.folder)
+    found = clipped[trial._nodes["enc_blocks.0.attn.qkv"][0]]
+    moved = abs(float(trial.model.enc_blocks[0].attn.qkv.input_quantizer.amax) / found - 1)
+    assert moved < 0.2, "the range that the policy finds, as of the epoch in which they were frozen"
     plain = trial._plain()
     assert plain.state_dict().keys() == tiny.domain().teacher().state_dict().keys()
     with torch.no_grad():
@@ -120,14 +124,14 @@ def test_the_policy_chooses_the_same_layers_in_torch_and_onnx(tiny):
     model = domain.teacher()
     kept = QuantPolicy(keep=("layernorm", "softmax", "attention", "*head*"))
     chosen, other = deploy.choices_of(domain, model, kept, QuantPolicy(keep=("softmax", "attention")))
-    names = fake_quant.module_names(chosen, model)
+    names = fake_quant.modules_of(chosen, model)
     int8 = [choice for choice in chosen if choice.precision == "int8"]
     # Two decoders and one shared encoder, whose layers run once for both views.
     assert {
         n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d) and "head" not in n
     } == set(names)
     assert len(int8) >= len(names) and not any("head" in name for name in names)
-    out = fake_quant.module_names(other, model)
+    out = fake_quant.modules_of(other, model)
     assert "enc_blocks.0.norm1" in out and "downstream_head1.proj" in out
 
 
