@@ -91,8 +91,8 @@ def rates(models: dict[str, Decoder], experiment: Experiment, shots: int) -> str
         low, high = compare.binomial(int(errors.sum()), shots)
         over = ""
         if flipped is not None:
-            risk = [np.where(decisions[who] == 1, 1 - flipped, flipped)[:, 0] for who in (name, "exact")]
-            over = said(compare.ratio(*risk, 0, 500))
+            own, limit = (np.where(decisions[who] == 1, 1 - flipped, flipped)[:, 0] for who in (name, "exact"))
+            over = said(compare.ratio(own, limit, 0, 500))
         beside = said(compare.ratio(errors, wrong["pymatching"], 0))
         lines.append(f"{name:24}{errors.mean():9.5f}{f'[{low:.5f}, {high:.5f}]':>20}{over:>25}{beside:>25}")
     names = list(models)

@@ -42,7 +42,8 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (p,) = ctx.saved_tensors
         weighted = grads[0] * p
-        return weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
+        result: Tensor = weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
+        return result
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def layout_features(cells: np.ndarray, on_basis: np.ndarray, distance: int) -> T
     units of the code's distance; whether both are of one basis.
     """
     at = torch.from_numpy(cells).float() / distance
-    first, second = torch.broadcast_tensors(at[:, None], at[None])
+    first, second = torch.broadcast_tensors(at[:, None], at[None])  # type: ignore[no-untyped-call]
     offset = second - first
     same = torch.from_numpy(on_basis[:, None] == on_basis[None]).float()
     return torch.cat((first, second, offset, offset.abs().sum(-1, keepdim=True), same[..., None]), dim=-1)
@@ -128,10 +129,11 @@ class Attention(nn.Module):
         n, s, k = x.shape[0], x.shape[1], self.key_dim
         packed = F.linear(normed(x), const.weight) + F.embedding(codes, const.events)
         heads = packed.view(n, s, self.heads, -1).transpose(1, 2).contiguous()
-        q, key, value = heads.split((k + _EVENTS, k + _EVENTS, k), dim=-1)
+        q, key, value = torch.split(heads, [k + _EVENTS, k + _EVENTS, k], dim=-1)
         share = softmax(q @ key.transpose(2, 3) + const.bias)
         mixed = (share @ value).transpose(1, 2).reshape(n, s, self.heads * k)
-        return x + self.out(mixed)
+        result: Tensor = x + self.out(mixed)
+        return result
 
 
 class GatedDense(nn.Module):
@@ -145,7 +147,8 @@ class GatedDense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, S, D) -> (N, S, D)."""
         a, gate = self.both(normed(x)).chunk(2, dim=-1)
-        return x + self.out(F.gelu(a) * gate)
+        result: Tensor = x + self.out(F.gelu(a) * gate)
+        return result
 
 
 class ConvConstants(NamedTuple):
@@ -256,4 +259,5 @@ class Convolutions(nn.Module):
         y = F.gelu(self.convs[0](normed(x), const[0]))
         for conv, own in zip(list(self.convs)[1:], const[1:], strict=True):
             y = y + F.gelu(conv(normed(y), own))
-        return x + self.out(y)
+        result: Tensor = x + self.out(y)
+        return result

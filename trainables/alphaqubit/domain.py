@@ -21,7 +21,7 @@ from engines.export import export_onnx
 from engines.latency import measure
 from engines.runtimes import OnnxRuntime
 from trainables.alphaqubit import circuits, compare, decisions, exact, layout, losses, matching, sampler
-from trainables.alphaqubit.config import from_data, preset
+from trainables.alphaqubit.config import preset
 from trainables.alphaqubit.decisions import SHIPPED
 from trainables.alphaqubit.fusion import FusedTeacher, cached_probes, load_probes
 from trainables.alphaqubit.layout import BOTH
@@ -171,17 +171,18 @@ class AlphaQubit:
         rich = (
             on & {*FEATURES} or self.distill.rounds_weight or self.pretrain.rounds_weight or self.pretrain.next_weight
         )
-        if isinstance(model, Decoder) and not rich:
+        assert isinstance(model, Decoder | FusedTeacher)
+        if not rich:
             return {"logits": model(*self.inputs(batch))}
-        found: Outputs = model.features(*self.inputs(batch))
-        return found
+        return model.features(*self.inputs(batch))
 
     def teacher_outputs(self, teacher: nn.Module, batch: Batch) -> Batch:
         """Logits of the last layer, of every layer, and fused ones where there are probes; hidden states; float16."""
         with torch.no_grad():
             assert isinstance(teacher, Decoder | FusedTeacher)
             found = teacher.features(*self.inputs(batch))
-        kept = {name: found[name] for name in ("logits", "readout", "fused") if name in found}
+        logits: tuple[str, ...] = ("logits", "readout", "fused")
+        kept = {name: found[name] for name in logits if name in found}
         kept |= {f"state_{name}": found[name] for name in losses.FEATURES}
         return {f"teacher_{name}": value.half() for name, value in kept.items()}
 
@@ -219,10 +220,10 @@ class AlphaQubit:
     def adapters(self) -> nn.ModuleDict:
         """A linear map per feature signal where teacher and student differ in width."""
         teacher = self.teacher()
-        wide = (teacher.decoder if isinstance(teacher, FusedTeacher) else teacher).config
-        sizes = {key: value for key, value in wide.items() if key not in ("distance", "basis")}
+        wide = teacher.decoder if isinstance(teacher, FusedTeacher) else teacher
+        assert isinstance(wide, Decoder)
         on = [signal.name for signal in self.signals()]
-        return losses.adapters(from_data(sizes), preset(self.distill.size, self.workload.distance), on)
+        return losses.adapters(wide._config, preset(self.distill.size, self.workload.distance), on)
 
     # ------------------------------------------------------------------ evaluation
     def evaluate(self, model: nn.Module, split: str, full: bool = False) -> dict[str, Tensor]:

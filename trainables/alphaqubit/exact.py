@@ -81,7 +81,8 @@ class ExactDecoder:
             state = state / state[:1].sum(2, keepdim=True)
         signed = state[..., 0].double().numpy()
         posterior: np.ndarray = (_signs(characters) @ signed / characters).clip(0, 1).T
-        return posterior / posterior.sum(1, keepdims=True)
+        posterior /= posterior.sum(1, keepdims=True)
+        return posterior
 
 
 def rb_ler(posterior: np.ndarray, decisions: np.ndarray) -> float:

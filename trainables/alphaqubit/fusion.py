@@ -104,7 +104,7 @@ def cached_probes(folder: Path, decoder: Decoder, workload: DecoderWorkload, dis
 
     In one pass over shots of a seed of their own, no more than the students get.
     """
-    fit = DecoderFusionSettings(teacher=distill.teacher, train_p=distill.train_p)
+    fit = DecoderFusionSettings.among({"teacher": distill.teacher, "train_p": distill.train_p})
     shots = min(fit.epochs * fit.samples_per_epoch, distill.train_samples)
     fit = fit.model_copy(update={"epochs": 1, "samples_per_epoch": shots})
     settings = {**workload.model_dump(mode="json"), **fit.model_dump(mode="json")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import pymatching
@@ -24,7 +25,7 @@ _MODULES = {
     "tesseract": "tesseract_decoder",
 }
 
-Source = stim.Circuit | stim.DetectorErrorModel
+Source: TypeAlias = stim.Circuit | stim.DetectorErrorModel
 
 
 def available() -> tuple[str, ...]:
