@@ -39,6 +39,7 @@ class Domain(Protocol):
 
     primary: str
     lower_is_better: bool
+    shipped: Path  # the teacher that comes with the package
     group: int  # so many consecutive training samples share work: a batch holds all of them or none
 
     def new_teacher(self) -> nn.Module:

@@ -67,7 +67,7 @@ class DecoderPretrainSettings(Settings):
     """How a decoder is trained from scratch."""
 
     size: Annotated[str, AfterValidator(_known)] = "teacher"
-    epochs: Count = 40
+    epochs: Count = 20
     samples_per_epoch: Count = 102400
     batch_size: Count = 256
     optimizer: Literal["muon", "adamw"] = "adamw"

@@ -63,6 +63,7 @@ def _digest(*identity: object) -> str:
 class Dust3r:
     """Procedural rooms, confidence-weighted pointmap regression, AbsRel after one median scale per pair."""
 
+    shipped = SHIPPED
     group = 2  # both directions of a pair of images
 
     def __init__(self, settings: Mapping[str, Any], seed: int, cache: Path | None = None) -> None:
@@ -302,8 +303,14 @@ class Dust3r:
         return self._fixed[split]
 
     def compare(self, own: dict[str, Tensor], split: str) -> dict[str, float]:
-        """Nothing: there is no other method to compare with."""
-        return {}
+        """AbsRel of predicting the validation split's mean depth map: what no model must do worse."""
+        depths = {
+            name: torch.cat([batch["points"][:, 0, ..., 2] for batch in self.fixed_pairs(name)])
+            for name in ("val", split)
+        }
+        guess, true = depths["val"].mean(0).flatten(), depths[split].flatten(1)
+        scaled = guess * (true.median(1).values / guess.median())[:, None]
+        return {"absrel_mean_depth_map": float(((scaled - true).abs() / true).mean())}
 
     def pace(self, model: nn.Module, p50_ms: float, device: str) -> dict[str, float]:
         """Nothing beyond milliseconds per pair."""

@@ -153,7 +153,7 @@ BAD_SETTINGS = [
     ({"basis": "Y"}, "basis=Y.*use X or Z"),
     ({"transfomer": 0.1}, "transfomer.*did you mean 'transformer'"),
     ({"alpha": 0, "beta": 0}, "alpha=0 and all of beta, transformer, rnn, readout, fused 0.*set one above 0"),
-    ({"fused": 0.5}, "fused is on without.*give fusion=PATH"),
+    ({"fused": 0.5}, "fused is on without.*give fusion=cached"),
     ({"rnn": -0.1}, r"rnn=-0.1: weights \[-0.1\].*must be 0 or more"),
     ({"size": "tiny"}, "size=tiny: expected one of sycamore, scaling, teacher, student"),
     ({"distance": 5, "primary": "ler_exact"}, "primary=ler_exact: the exact decoder is for distance=3"),

@@ -1,8 +1,9 @@
 """Turn a pretrained teacher into package data: float16 safetensors and a card that says where it comes from.
 
-    python -m trainables.dust3r.ship runs/pretrain_small_seed0
+    python -m trainables.ship runs/pretrain_small_seed0
 
-reads the folder that sweeps/pretrain.py left and writes trainables/dust3r/weights/teacher_small.{safetensors,json}.
+reads the folder that sweeps/pretrain.py or sweeps/aq_pretrain.py left and writes the domain's shipped teacher and its
+card, a .json beside it.
 """
 
 from __future__ import annotations
@@ -13,33 +14,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from engines.errors import InputError
 from trainables import checkpoint
-from trainables.dust3r.domain import SHIPPED, Dust3r
+from trainables.domain import make_domain
 
 LIMIT_MB = 10.0
 
 
-def ship(weights: Path, log: Path, target: Path = SHIPPED, note: str = "") -> dict[str, Any]:
-    """Write `target` and its card (.json beside it) from a best.pth and pretrain_log.json; the card is returned.
+def ship(folder: Path, target: Path | None = None, note: str = "") -> dict[str, Any]:
+    """Write `target`, by default where the domain expects it, and its card, which is returned.
 
-    The card's metrics are those of the float16 file as it is loaded, on 512 validation and 2,048 test pairs.
-    Raises InputError for unreadable files or weights above LIMIT_MB.
+    The card's metrics are those of the float16 file as it is loaded, on the validation and test samples of the sweep's
+    workload. Raises InputError for a folder that holds no pretrained teacher and for weights above LIMIT_MB.
     """
-    content = checkpoint.load(weights, "teacher")
-    run = json.loads(log.read_text())
-    trial = run["trials"][0]
-    settings, curve = run["sweep"]["settings"], trial["curve"]
+    run, weights = _found(folder / "files")
+    trial, settings = run["trials"][0], run["sweep"]["settings"]
+    content, curve = checkpoint.load(weights, "teacher"), trial["curve"]
     tensors = {name: value.half().contiguous() for name, value in content["model"].items()}
     size = sum(value.numel() * 2 for value in tensors.values()) / 1e6
     if size > LIMIT_MB:
         raise InputError(f"{weights}: {size:.1f} MB as float16, the package takes at most {LIMIT_MB:g} MB")
+    domain = make_domain(run["sweep"]["domain"], settings, {}, settings["seed"])
+    target = target or domain.shipped
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target, metadata={"config": json.dumps(content["config"])})
-    domain = Dust3r({"workload_seed": 42}, seed=0)
     model = domain.load(target).eval()
     splits = {split: domain.evaluate(model, split, full=True) for split in ("val", "test")}
     card = {
@@ -47,8 +47,7 @@ def ship(weights: Path, log: Path, target: Path = SHIPPED, note: str = "") -> di
         "note": note,
         "seed": settings["seed"],
         "epochs": len(curve),
-        "pairs": len(curve) * settings["samples_per_epoch"],
-        "scenes": len(curve) * settings["samples_per_epoch"] // 2,
+        "samples": len(curve) * settings["samples_per_epoch"],
         "cpu_hours": round(sum(row["cpu_s"] for row in curve) / 3600, 2),
         "settings": settings,
         "parameters": sum(value.numel() for value in model.parameters()),
@@ -57,22 +56,22 @@ def ship(weights: Path, log: Path, target: Path = SHIPPED, note: str = "") -> di
             split: {name: round(float(value.mean()), 5) for name, value in found.items()}
             for split, found in splits.items()
         },
-        "mean_depth_map_absrel": round(mean_depth_map(domain), 4),
-        "curve": [round(row["val_absrel"], 4) for row in curve],
+        "beside": {name: round(value, 5) for name, value in domain.compare(splits["test"], "test").items()},
+        "curve": [round(row[f"val_{domain.primary}"], 4) for row in curve],
     }
     target.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
     return card
 
 
-def mean_depth_map(domain: Dust3r) -> float:
-    """AbsRel on the test split of predicting the validation split's mean depth map: what no model must do worse."""
-    depths = {
-        split: torch.cat([batch["points"][:, 0, ..., 2] for batch in domain.fixed_pairs(split)])
-        for split in ("val", "test")
-    }
-    guess, true = depths["val"].mean(0).flatten(), depths["test"].flatten(1)
-    scaled = guess * (true.median(1).values / guess.median())[:, None]
-    return float(((scaled - true).abs() / true).mean())
+def _found(files: Path) -> tuple[dict[str, Any], Path]:
+    """The log and the weights of a pretraining sweep."""
+    logs, weights = sorted(files.glob("*pretrain_log.json")), sorted(files.glob("teacher*.pth"))
+    if len(logs) != 1 or len(weights) != 1:
+        raise InputError(
+            f"{files}: holds {len(logs)} pretraining logs and {len(weights)} teachers; give the folder of a finished "
+            "python sweeps/pretrain.py or sweeps/aq_pretrain.py"
+        )
+    return json.loads(logs[0].read_text()), weights[0]
 
 
 def main() -> None:
@@ -81,13 +80,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the sweep's folder")
     parser.add_argument("--note", default="", help="a sentence for the card")
     given = parser.parse_args()
-    files = given.folder / "files"
     try:
-        card = ship(files / "teacher_small.pth", files / "pretrain_log.json", note=given.note)
+        card = ship(given.folder, note=given.note)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(card["metrics"], indent=1))
+    print(json.dumps({**card["metrics"], "beside": card["beside"]}, indent=1))
 
 
 if __name__ == "__main__":
