@@ -39,19 +39,19 @@ def replay(folder: Path) -> SweepState:
     return SweepState.replay(folder / "journal.jsonl")
 
 
-def mlflow_runs(storage: Path) -> dict[str, str]:
-    with sqlite3.connect(storage / "mlflow.db") as store:
+def mlflow_runs(storage: Path, db: str = "mlflow.db") -> dict[str, str]:
+    with sqlite3.connect(storage / db) as store:
         rows = store.execute("select name, status from runs").fetchall()
     assert len(rows) == len({name for name, _ in rows}), f"a run stands twice: {rows}"
     return dict(rows)
 
 
-def mlflow_steps(storage: Path, run_name: str) -> list[int]:
+def mlflow_steps(storage: Path, run_name: str, db: str = "mlflow.db") -> list[int]:
     query = (
         "select m.step from metrics m join runs r on r.run_uuid = m.run_uuid "
         "where r.name = ? and m.key = 'val_drop' order by m.step"
     )
-    with sqlite3.connect(storage / "mlflow.db") as store:
+    with sqlite3.connect(storage / db) as store:
         return [step for (step,) in store.execute(query, (run_name,))]
 
 
@@ -183,6 +183,37 @@ def test_nothing_is_lost_when_the_driver_dies(tmp_path: Path) -> None:
     runs = mlflow_runs(tmp_path)
     assert len(runs) == 4 and "RUNNING" not in runs.values()
     assert mlflow_steps(tmp_path, "T_good_run1") == list(range(1, 9))
+
+
+def test_nothing_is_lost_when_the_mlflow_server_dies_nor_when_the_driver_dies_with_it(tmp_path: Path, server) -> None:
+    """A real server is killed and started again in mid-sweep, then killed for good, and the driver in that outage."""
+    server.start()
+    storage = tmp_path / "storage"
+    folder, flags = storage / NAME, ("--tracking-uri", server.uri)
+    env = {"TOY_SLEEP": "0.7", "TOY_EPOCHS": "12"}
+    first = start(storage, *flags, **env)
+    wait_for(folder, 3, first)
+    server.kill()
+    wait_for(folder, 6, first)
+    server.start()
+    wait_for(folder, 9, first)
+    server.kill()
+    wait_for(folder, 12, first)
+    first.kill()
+    finish(first)
+    reported = {trial.exp_id: len(trial.results) for trial in replay(folder).trials.values()}
+
+    code, _, err = finish(start(storage, "--resume", *flags, **env))
+    assert code == 2 and "no MLflow server answers" in err, "an address that nobody answers is refused at the start"
+    server.start()
+    code, out, err = finish(start(storage, "--resume", *flags, **env))
+    assert code == 0 and "Not all is in MLflow" not in out, err
+    for trial in replay(folder).trials.values():
+        epochs = [epoch for epoch, _ in trial.results]
+        assert epochs == list(range(1, len(epochs) + 1)) and len(epochs) >= reported[trial.exp_id]
+        assert mlflow_steps(server.folder, trial.exp_id, "server.db") == epochs, trial.exp_id
+    runs = mlflow_runs(server.folder, "server.db")
+    assert len(runs) == 4 and "RUNNING" not in runs.values()
 
 
 def test_resume_tries_again_what_failed(tmp_path: Path) -> None:

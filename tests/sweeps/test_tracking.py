@@ -10,7 +10,6 @@ import socketserver
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from threading import Thread
 
@@ -23,57 +22,6 @@ from trainables.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 240  # the machine may be loaded: generous, and reached only by a failure
-
-
-class Server:
-    """`mlflow server` on a port of its own, on one sqlite file, to be killed and started again."""
-
-    def __init__(self, folder, template):
-        folder.mkdir()
-        self.folder = folder
-        (folder / "server.db").write_bytes(template.read_bytes())
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process = None
-
-    def start(self):
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-        quiet["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # seven more processes that nothing here needs
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env=os.environ | quiet,
-            )
-        for _ in range(10 * WAIT_S):
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, (self.folder / "log").read_text()
-                time.sleep(0.1)
-        raise AssertionError("the server never answered")
-
-    def kill(self):
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        self.process = None
-
-
-@pytest.fixture
-def server(tmp_path, template):
-    server = Server(tmp_path / "server", template)
-    yield server
-    server.kill()
 
 
 def test_the_driver_does_not_pay_for_mlflow():
