@@ -262,7 +262,8 @@ def caption(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str]) -> t
         ("engine", "engine"),
         ("device", "device"),
     ):
-        values = list(dict.fromkeys(str(row[key]) for row in rows if row.get(key)))
+        found = [row.get("reference") or row.get(key) if name == "against" else row.get(key) for row in rows]
+        values = list(dict.fromkeys(str(value) for value in found if value))
         if values:
             shown = [value[:12] for value in values] if key == "workload_hash" else values
             parts.append(f"{name} {' / '.join(shown)}")

@@ -133,19 +133,25 @@ def _lineage(job: Job, domain: Domain, own: dict[str, Tensor], reference: str) -
     return f"student:{model_hash(source)}", found
 
 
-def _trained(job: Job, domain: Domain, own: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, float]:
-    """Of a model that was trained with fake quantization: the drop of rounding alone, and its own against that."""
+def _trained(job: Job, domain: Domain, own: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Any]:
+    """How a quantized model's weights came about (PTQ, FP fine-tuning, QAT); where they were trained, the drop of
+    rounding alone, and the own one against that.
+    """
     content = checkpoint.load(Path(job["weights"]))
     policy = deploy.policy_of(Path(job["weights"]))
-    if policy is None or content["origin"]["epoch"] == 1:
+    if policy is None:
         return {}
+    route = content["origin"].get("route", "PTQ")
+    if route == "PTQ":
+        return {"route": route}
     with TemporaryDirectory(dir=job["work_dir"]) as folder:
         path = Path(folder) / "ptq.onnx"
         deploy.export_int8(domain, deploy.source(domain, job["settings"]["model"]), policy, path)
         rounded = domain.evaluate(deploy.Engine(path), "test", full=True)
     drops = {"ptq_drop": _drop(job, domain, rounded, teacher), "drop_to_ptq": _drop(job, domain, own, rounded)}
-    return {f"{name}{end}": getattr(change, field) for name, change in drops.items()
-            for end, field in (("", "value"), ("_lo", "lo"), ("_hi", "hi"))}  # fmt: skip
+    ends = {"": "value", "_lo": "lo", "_hi": "hi"}
+    numbers = {f"{name}{end}": getattr(change, field) for name, change in drops.items() for end, field in ends.items()}
+    return {"route": route, **numbers}
 
 
 def _drop(job: Job, domain: Domain, own: dict[str, Tensor], reference: dict[str, Tensor]) -> Drop:

@@ -108,7 +108,8 @@ class Quantize(Distill):
 
     def exported(self) -> dict[str, Any]:
         """The plain weights, the policy that rounds them, and where they come from."""
-        origin = {"params": dict(self.config["params"]), "seed": self.seed, "epoch": self.epoch}
+        route = "PTQ" if self.epoch == 1 else "QAT" if self.faked else "FP fine-tuning"
+        origin = {"params": dict(self.config["params"]), "seed": self.seed, "epoch": self.epoch, "route": route}
         return {**self.domain.export(self._plain()), "quantization": self.policy.to_data(), "origin": origin}
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def test_what_is_measured_is_the_int8_file(tiny, tmp_path):
     job |= {"state_dir": given["state_dir"], "workload_hash": "w"}
     quality = evaluate.measure_quality(job)
     assert quality["bits_w"] == 8 and "layernorm" in quality["keep_list"] and quality["parent"].startswith("teacher:")
-    assert quality["extra"]["layers_int8"] > 10 and quality["drop"] != 0
+    assert quality["extra"]["layers_int8"] > 10 and quality["drop"] != 0 and quality["extra"]["route"] == "PTQ"
     file = Path(given["state_dir"]) / "deployed.onnx"
     domain = tiny.domain(**QUANT)
     own = domain.evaluate(deploy.Engine(file), "test")["absrel"]
@@ -109,12 +109,11 @@ def test_training_is_compared_with_rounding_alone_on_the_same_pairs(tiny):
         trial.step()
     best = Path(given["state_dir"]) / "best.pth"
     content = checkpoint.load(best)
-    if (
-        content["origin"]["epoch"] == 1
-    ):  # on random weights rounding may stay the best: then there is nothing to compare
-        checkpoint.save(best, {**content, "origin": {**content["origin"], "epoch": 2}})
+    # On random weights rounding alone may stay the best: then there is nothing to compare.
+    checkpoint.save(best, {**content, "origin": {**content["origin"], "route": "QAT"}})
     job = {**tiny.job(best, trains=False, **{**QUANT, "bits_w": 4}), "state_dir": given["state_dir"]}
     extra = evaluate.measure_quality(job)["extra"]
+    assert extra["route"] == "QAT"
     assert extra["ptq_drop_lo"] <= extra["ptq_drop"] <= extra["ptq_drop_hi"]
     assert extra["drop_to_ptq_lo"] <= extra["drop_to_ptq"] <= extra["drop_to_ptq_hi"]
 
