@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,11 @@ def ship(folder: Path, target: Path | None = None, note: str = "") -> dict[str, 
     target = target or domain.shipped
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target, metadata={"config": json.dumps(content["config"])})
+    target.chmod(0o644)  # a package is for everyone
     model = domain.load(target).eval()
     splits = {split: domain.evaluate(model, split, full=True) for split in ("val", "test")}
     card = {
-        "command": run["sweep"]["command"],
+        "command": _command(run["sweep"]["command"]),
         "note": note,
         "seed": settings["seed"],
         "epochs": len(curve),
@@ -61,6 +63,14 @@ def ship(folder: Path, target: Path | None = None, note: str = "") -> dict[str, 
     }
     target.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
     return card
+
+
+def _command(line: str) -> str:
+    """The command without what is of one machine: its interpreter's and its storage's place."""
+    words = shlex.split(line)
+    kept = [word for before, word in zip(["", *words], words, strict=False)
+            if "--storage" not in (word, before) and not word.startswith("--storage=")]  # fmt: skip
+    return shlex.join([Path(kept[0]).name, *kept[1:]])
 
 
 def _found(files: Path) -> tuple[dict[str, Any], Path]:

@@ -30,7 +30,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = root / "files"
     files.mkdir()
     (state / "best.pth").rename(files / "teacher_decoder.pth")
-    sweep = {"domain": "alphaqubit", "command": "python sweeps/aq_pretrain.py --seed 3", "settings": SETTINGS}
+    sweep = {
+        "domain": "alphaqubit",
+        "command": "/here/bin/python sweeps/aq_pretrain.py --seed 3 --storage /there",
+        "settings": SETTINGS,
+    }
     log = {"sweep": sweep, "trials": [{"curve": curve}]}
     (files / "aq_pretrain_log.json").write_text(json.dumps(log))
     return root
@@ -40,6 +44,7 @@ def test_the_file_is_the_trained_model_and_the_card_is_of_that_file(folder, tmp_
     target = tmp_path / "weights" / "teacher.safetensors"
     card = ship(folder, target, note="short")
     assert json.loads(target.with_suffix(".json").read_text()) == card
+    assert card["command"] == "python sweeps/aq_pretrain.py --seed 3", "nothing of the machine it was made on"
     domain = make_domain("alphaqubit", SETTINGS, {}, 3)
     model, trained = domain.load(target).eval(), checkpoint.load(folder / "files" / "teacher_decoder.pth")
     for name, value in model.state_dict().items():
