@@ -5,7 +5,7 @@ python sweeps/k_grid.py                                      # the plan's 30 epo
 python sweeps/k_grid.py --search optuna --samples 20         # search beyond the plan's three trials
 python sweeps/k_grid.py --set epochs=5 --set lr=3e-4         # change settings for one run
 python sweeps/k_grid.py --resume                             # go on after an interruption
-python sweeps/k_grid.py --address auto --profile full        # a GPU cluster
+python sweeps/k_grid.py --address auto --profile full --set teacher=FILE.pth    # a GPU cluster
 """
 
 from sweeps.launch import main
