@@ -169,9 +169,7 @@ class AlphaQubit:
     def forward(self, model: nn.Module, batch: Batch) -> Outputs:
         """'logits', and the intermediate representations where a loss asks for them."""
         on = {signal.name for signal in self.signals()}
-        rich = (
-            on & {*FEATURES} or self.distill.rounds_weight or self.pretrain.rounds_weight or self.pretrain.next_weight
-        )
+        rich = on & {*FEATURES} or self.distill.rounds_weight or self.pretrain.next_weight
         assert isinstance(model, Decoder | FusedTeacher)
         if not rich:
             return {"logits": model(*self.inputs(batch))}

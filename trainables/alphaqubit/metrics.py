@@ -63,14 +63,6 @@ def ler_per_round(
     return RoundFit(eps, f0, r2, low, high)
 
 
-def ler_per_round_at(rounds: int, ler: float) -> float:
-    """eps from one number of rounds, taking F0 = 1: (1 - (1 - 2E)^(1/n)) / 2."""
-    if rounds < 1 or not 0 <= ler <= 0.5:
-        raise InputError(f"LER {ler:g} at rounds={rounds}: expected an LER from 0 to 0.5 and 1 round or more")
-    per_round: float = (1 - (1 - 2 * ler) ** (1 / rounds)) / 2
-    return per_round
-
-
 def expected_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray, bins: int = 15) -> float:
     """Mean over the shots of |mean probability - share of flips| of the bin that a shot falls into.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engines.errors import InputError
-from trainables.alphaqubit.metrics import expected_calibration_error, ler_per_round, ler_per_round_at
+from trainables.alphaqubit.metrics import expected_calibration_error, ler_per_round
 
 ROUNDS = [1, 3, 5, 9, 15, 25]
 
@@ -48,11 +48,6 @@ def test_an_interval_near_one_half_stays_finite():
     assert math.isfinite(fit.low) and math.isfinite(fit.high)
 
 
-def test_one_number_of_rounds():
-    assert ler_per_round_at(25, (1 - 0.94**25) / 2) == pytest.approx(0.03)
-    assert ler_per_round_at(1, 0.1) == pytest.approx(0.1) and ler_per_round_at(7, 0.5) == pytest.approx(0.5)
-
-
 def test_calibration_error():
     assert expected_calibration_error(np.array([0.0, 1.0]), np.array([0, 1])) == 0
     assert expected_calibration_error(np.array([0.0, 1.0]), np.array([1, 0])) == 1
@@ -75,8 +70,6 @@ def test_calibration_error():
         (lambda: ler_per_round([3, 5], [0.1, 0.5]), "LER 0.5 at 5 rounds"),
         (lambda: ler_per_round([3, 5], [0.1, float("nan")]), "LER nan at 5 rounds"),
         (lambda: ler_per_round([3, 5], [0.1, 0.2], 0), "shots=0 is too small"),
-        (lambda: ler_per_round_at(0, 0.1), "rounds=0"),
-        (lambda: ler_per_round_at(3, 0.6), "LER 0.6"),
         (lambda: expected_calibration_error(np.array([0.5, -1.2]), np.array([0, 1])), "not logits"),
         (lambda: expected_calibration_error(np.zeros(2), np.zeros(3)), r"shape \(2,\) and outcomes of shape \(3,\)"),
         (lambda: expected_calibration_error(np.zeros(0), np.zeros(0)), "expected"),
