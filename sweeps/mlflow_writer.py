@@ -329,7 +329,7 @@ def _run(mirror: Mirror, driver: _Driver) -> bool:
             if last:
                 return outage is None
             took = time.monotonic() - now
-            pause = _BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1] if failures else max(_PAUSE_S, 3 * took)
+            pause = _BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1] if failures else max(_PAUSE_S, took)
             next_sync = time.monotonic() + pause
             if failures:
                 driver.wait(min(pause, 0.5) if driver.flush else pause)

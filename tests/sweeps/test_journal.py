@@ -5,6 +5,8 @@ import os
 import resource
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -208,3 +210,38 @@ def test_an_abandoned_sweep_leaves_nothing_and_frees_its_folder(tmp_path):
     ledger.abandon()
     assert not (tmp_path / "s").exists()
     Ledger.open(tmp_path / "s", resume=False).abandon()
+
+
+def test_every_append_reaches_the_disk_before_close_returns(tmp_path, monkeypatch):
+    """`synced` holds the file's size at the start of each fsync: the last one covers all that was written."""
+    synced, fsync = [], os.fsync
+
+    def slow(fd):
+        synced.append(os.fstat(fd).st_size)
+        time.sleep(0.02)
+        fsync(fd)
+
+    with Journal.open(tmp_path) as journal:
+        monkeypatch.setattr(os, "fsync", slow)
+        for epoch in range(1, 40):
+            journal.append("result", trial_id="a", epoch=epoch, metrics={})
+            time.sleep(0.001)
+    assert synced[-1] == journal.path.stat().st_size
+    assert len(synced) < 39  # appends do not wait for the disk
+
+
+def test_a_disk_that_fails_later_is_told_at_the_next_append(tmp_path, monkeypatch):
+    failed = threading.Event()
+
+    def fails(fd):
+        failed.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Journal.open(tmp_path) as journal:
+        monkeypatch.setattr(os, "fsync", fails)
+        journal.append("end", status="interrupted")
+        assert failed.wait(10)
+        time.sleep(0.1)
+        with pytest.raises(OSError, match="cannot write the journal") as caught:
+            journal.append("end", status="interrupted")
+        assert caught.value.errno == errno.EIO
