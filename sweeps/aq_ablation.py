@@ -12,7 +12,7 @@ is a share of a run: signals are on from the start to half of it (Stage 1), or f
 from functools import partial
 
 from sweeps.launch import main
-from sweeps.settings import DECODER, DECODER_WORKLOAD
+from sweeps.settings import DECODER, DECODER_SIZES, DECODER_WORKLOAD
 from sweeps.spec import Comparison, Sweep, Trial, each, interaction, main_effect, step
 from trainables import evaluate
 from trainables.distill import Distill
@@ -21,7 +21,7 @@ first = partial(step, second=0, at=0.5)  # a weight in Stage 1 alone
 
 AQ = Sweep(
     stage="AQ5", domain="alphaqubit", trainable=Distill, measure=evaluate, latency=False,
-    settings=(DECODER_WORKLOAD, DECODER), seeds=3,
+    settings=(DECODER_WORKLOAD, DECODER_SIZES, DECODER), seeds=3,
     changes={
         "demo": dict(fusion="cached", epochs=4, train_samples=81920),
         "small": dict(fusion="cached", epochs=10, train_samples=409600),

@@ -8,14 +8,14 @@ python sweeps/aq_baseline.py --resume                         # go on after an i
 """
 
 from sweeps.launch import main
-from sweeps.settings import DECODER, DECODER_WORKLOAD
+from sweeps.settings import DECODER, DECODER_SIZES, DECODER_WORKLOAD
 from sweeps.spec import Gate, Sweep, Trial, constant, linear, loguniform, one_of, uniform
 from trainables import evaluate
 from trainables.distill import Distill
 
 AQ = Sweep(
     stage="AQ1", domain="alphaqubit", trainable=Distill, measure=evaluate, gate=Gate("drop", at_most=0.03),
-    settings=(DECODER_WORKLOAD, DECODER),
+    settings=(DECODER_WORKLOAD, DECODER_SIZES, DECODER),
     trials=[Trial("AQ-1", combo="KD", keyparams="final", saves="aq_baseline.pth")],
     space=dict(
         T=uniform(1, 4), alpha=uniform(0, 1), beta=one_of(constant, linear), transformer=one_of(0.0, 0.03, 0.1),

@@ -7,14 +7,14 @@ python sweeps/aq_stage1.py --resume                           # go on after an i
 """
 
 from sweeps.launch import main
-from sweeps.settings import DECODER, DECODER_WORKLOAD
+from sweeps.settings import DECODER, DECODER_SIZES, DECODER_WORKLOAD
 from sweeps.spec import Gate, Sweep, Trial, loguniform
 from trainables import evaluate
 from trainables.distill import Distill
 
 AQ = Sweep(
     stage="AQ2", domain="alphaqubit", trainable=Distill, measure=evaluate, gate=Gate("drop", at_most=0.03),
-    settings=(DECODER_WORKLOAD, DECODER),
+    settings=(DECODER_WORKLOAD, DECODER_SIZES, DECODER),
     trials=[
         Trial("AQ-2", combo="stage1", keyparams="TRO", transformer=0.1, rnn=0.1, readout=0.3, saves="aq_stage1.pth"),
     ],

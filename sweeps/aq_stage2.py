@@ -6,14 +6,14 @@ python sweeps/aq_stage2.py --set fusion=PROBES --set model=STAGE1.pth    # a Sta
 """
 
 from sweeps.launch import main
-from sweeps.settings import DECODER, DECODER_WORKLOAD
+from sweeps.settings import DECODER, DECODER_SIZES, DECODER_WORKLOAD
 from sweeps.spec import Gate, Sweep, Trial, linear
 from trainables import evaluate
 from trainables.distill import Distill
 
 AQ = Sweep(
     stage="AQ4", domain="alphaqubit", trainable=Distill, measure=evaluate, gate=Gate("drop", at_most=0.03),
-    settings=(DECODER_WORKLOAD, DECODER), starts_from=("AQ2", "aq_stage1_best.pth"),
+    settings=(DECODER_WORKLOAD, DECODER_SIZES, DECODER), starts_from=("AQ2", "aq_stage1_best.pth"),
     trials=[
         Trial("AQ-4", combo="stage2", keyparams="fused", beta=0, fused=0.7, saves="aq_stage2.pth"),
         Trial("AQ-4", combo="stage2", keyparams="decayed", beta=0, fused=0.7, transformer=linear(0.1, 0),

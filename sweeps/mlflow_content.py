@@ -75,10 +75,13 @@ def params(state: SweepState, trial: TrialState | None) -> dict[str, str]:
 def _training(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the settings say of training, for what a trial leaves to them: else comparisons of runs would have holes."""
     other = {"search", "seed", *(key for file in WORKLOADS for key in file.model.model_fields)}
-    own = {
-        key: value for key, value in settings.items() if key not in other and not key.startswith(("gate_", "trial "))
-    }
-    return flat_params(own)
+    other |= {key for key, value in settings.items() if _is_table(value) or key.startswith(("gate_", "trial "))}
+    return flat_params({key: value for key, value in settings.items() if key not in other})
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a setting is a choice of named things, which the sweep's run shows."""
+    return isinstance(value, dict) and any(isinstance(one, dict) for one in value.values())
 
 
 def points(event: Mapping[str, Any], ms: int) -> list[Point]:

@@ -24,6 +24,7 @@ from trainables.alphaqubit.settings import (
     DecoderFusionSettings,
     DecoderPretrainSettings,
     DecoderSettings,
+    DecoderSizes,
     DecoderWorkload,
 )
 from trainables.config import (
@@ -44,7 +45,8 @@ PRUNE = SettingsFile("prune.yaml", PruneSettings)
 PRETRAIN = SettingsFile("pretrain.yaml", PretrainSettings)
 DECODER_WORKLOAD = SettingsFile("decoder_workload.yaml", DecoderWorkload)
 WORKLOADS = (WORKLOAD, DECODER_WORKLOAD)
-DECODER = SettingsFile("alphaqubit.yaml", DecoderSettings)
+DECODER_SIZES = SettingsFile("alphaqubit.yaml", DecoderSizes)
+DECODER = SettingsFile("decoder_distill.yaml", DecoderSettings)
 DECODER_FUSION = SettingsFile("decoder_fusion.yaml", DecoderFusionSettings)
 DECODER_PRETRAIN = SettingsFile("decoder_pretrain.yaml", DecoderPretrainSettings)
 
@@ -202,8 +204,12 @@ def _check(
             for item in error.errors():
                 key = ".".join(str(part) for part in item["loc"])
                 said = item["msg"].removeprefix("Value error, ")
+                if item["type"] == "extra_forbidden":
+                    said = f"unknown key; {_shown(file)} explains those there are"
                 given = [name for name in overrides if name in own and (not key or name == item["loc"][0])]
-                if given:
+                if given and len(item["loc"]) > 1:
+                    problems.append(f"--set {key}={_typed(item['input'])}: {said}")
+                elif given:
                     problems.append(f"{' '.join(f'--set {name}={_typed(overrides[name])}' for name in given)}: {said}")
                 else:
                     problems.append(f"{where}: {key}={item['input']!r}: {said}" if key else f"{where}: {said}")

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trainables.domain import Batch, make_domain
 from trainables.gates import drop
+from trainables.stream import fresh
 from trainables.training import Training
 
 
@@ -29,12 +29,10 @@ class Pretrain(Training):
         return self.domain.lower_is_better
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Fresh samples; of a scene both directions count."""
+        """Fresh samples, drawn by a thread ahead of their use; of a scene both directions count."""
         groups = self.settings["batch_size"] // self.domain.group
         first = (epoch - 1) * self.steps_per_epoch * groups
-        for step in range(self.steps_per_epoch):
-            start = first + step * groups
-            yield self.domain.pretraining_samples(torch.arange(start, start + groups))
+        return fresh(self.domain.pretraining_samples, first, self.steps_per_epoch, groups)
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The domain's loss of a teacher."""

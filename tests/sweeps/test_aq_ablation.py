@@ -13,7 +13,6 @@ from sweeps.aq_ablation import AQ
 from sweeps.journal import NAME, SweepState
 from sweeps.launch import run
 from trainables import checkpoint
-from trainables.alphaqubit.config import preset
 from trainables.alphaqubit.model import build
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +32,7 @@ ARMS = {trial.combo: dict(trial.params) for trial in AQ.trials}
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     torch.manual_seed(3)
-    model = build(**preset("student", 3, dim=8).to_data(), distance=3, basis="Z")
+    model = build(dim=8, key_dim=4, conv_channels=16, bias_dim=8, readout_dim=16, distance=3, basis="Z")
     path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
     checkpoint.save(path, {"model": model.state_dict(), "config": model.config})
     return path

@@ -5,11 +5,26 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engines.errors import InputError
-from sweeps.settings import DISTILL, PROFILES, PRUNE, WORKLOAD, Resolved, flat_params, parse_set, resolve
+from sweeps.settings import (
+    DECODER,
+    DECODER_FUSION,
+    DECODER_PRETRAIN,
+    DECODER_SIZES,
+    DECODER_WORKLOAD,
+    DISTILL,
+    PROFILES,
+    PRUNE,
+    WORKLOAD,
+    Resolved,
+    flat_params,
+    parse_set,
+    resolve,
+)
 from sweeps.spec import SettingsFile
 from trainables import evaluate
 
 SHIPPED = (WORKLOAD, DISTILL)
+DECODERS = (DECODER_WORKLOAD, DECODER_SIZES, DECODER, DECODER_FUSION, DECODER_PRETRAIN)
 
 
 class Model(BaseModel):
@@ -50,11 +65,11 @@ def test_pruning_settings_are_valid_in_every_profile(profile: str) -> None:
     assert 0 < values["rho"] < 1 and values["steps"] == 1
 
 
-@pytest.mark.parametrize("shipped", (*SHIPPED, PRUNE), ids=lambda shipped: shipped.name)
+@pytest.mark.parametrize("shipped", (*SHIPPED, PRUNE, *DECODERS), ids=lambda shipped: shipped.name)
 def test_shipped_files_explain_every_key_and_profiles_list_only_differences(shipped: SettingsFile) -> None:
     text = shipped.path.read_text()
     whole = yaml.safe_load(text)
-    for key in whole["defaults"]:
+    for key in (*whole["defaults"], *whole["defaults"].get("sizes", {}).get("teacher", {})):
         line = next(line for line in text.splitlines() if line.strip().startswith(f"{key}:"))
         assert "#" in line and len(line.split("#", 1)[1].strip()) > 10, f"{key} is not explained"
     for profile, entries in whole["profiles"].items():

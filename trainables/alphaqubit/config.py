@@ -1,4 +1,4 @@
-"""Sizes of the decoder, checked as a whole before anything is built, and the named ones."""
+"""Sizes of a decoder, checked as a whole before it is built; named ones stand in sweeps/settings/alphaqubit.yaml."""
 
 from __future__ import annotations
 
@@ -78,53 +78,3 @@ def from_data(data: Mapping[str, Any]) -> Config:
             what = "a list of whole numbers" if wanted is tuple else f"a value of type {wanted.__name__}"
             raise InputError(f"decoder config: {name}={value!r}: expected {what}")
     return Config(**data)
-
-
-# The paper's two. Transcriptions differ on a few sizes (the bias network of the second, how wide the gated block of the
-# first is), so that parameter counts agree with the published 5.4 M for the second; the first is "larger than" that.
-_PAPER: dict[str, Any] = {
-    "layers": 3,
-    "heads": 4,
-    "key_dim": 32,
-    "widening": 5,
-    "bias_dim": 48,
-    "bias_layers": 8,
-    "embed_layers": 2,
-}
-PRESETS = {
-    "sycamore": Config(
-        **_PAPER,
-        dim=320,
-        conv_channels=160,
-        dilations=(1, 1, 1),
-        readout_dim=64,
-        readout_layers=16,
-        next_stabilizer=True,
-    ),
-    "scaling": Config(
-        **_PAPER,
-        dim=256,
-        conv_channels=128,
-        dilations=(1, 2, 4),
-        readout_dim=32,
-        readout_layers=4,
-        next_stabilizer=True,
-    ),
-    "teacher": Config(),
-    "student": Config(
-        dim=16, key_dim=4, conv_channels=16, bias_dim=8, embed_layers=0, readout_dim=16, readout_layers=1
-    ),
-}
-
-
-def preset(name: str, distance: int, **changes: Any) -> Config:
-    """A named Config for codes of a distance, with changes; InputError names what is unknown.
-
-    Sizes don't depend on the distance, but for one dilation of Sycamore's: 1, 1, 2 from distance 5 on.
-    """
-    if name not in PRESETS:
-        raise InputError(f"decoder preset {name!r} is unknown, use one of {', '.join(PRESETS)}")
-    data = PRESETS[name].to_data()
-    if name == "sycamore" and distance >= 5:
-        data["dilations"] = [1, 1, 2]
-    return from_data({**data, **changes})

@@ -21,13 +21,19 @@ from engines.export import export_onnx
 from engines.latency import measure
 from engines.runtimes import OnnxRuntime
 from trainables.alphaqubit import circuits, compare, decisions, exact, layout, losses, matching, sampler
-from trainables.alphaqubit.config import preset
+from trainables.alphaqubit.config import Config
 from trainables.alphaqubit.decisions import SHIPPED
 from trainables.alphaqubit.fusion import FusedTeacher, cached_probes, load_probes
 from trainables.alphaqubit.layout import BOTH
 from trainables.alphaqubit.model import Decoder, build, without_training_heads
 from trainables.alphaqubit.sampler import Sampler, fixed_shots
-from trainables.alphaqubit.settings import SIGNALS, DecoderPretrainSettings, DecoderSettings, DecoderWorkload
+from trainables.alphaqubit.settings import (
+    SIGNALS,
+    DecoderPretrainSettings,
+    DecoderSettings,
+    DecoderSizes,
+    DecoderWorkload,
+)
 from trainables.domain import Batch, Outputs, Signal
 from trainables.schedules import Schedule
 
@@ -53,6 +59,7 @@ class AlphaQubit:
         self.workload = DecoderWorkload.among(settings)
         self.distill = DecoderSettings.among(settings)
         self.pretrain = DecoderPretrainSettings.among(settings)
+        self.sizes = DecoderSizes.among(settings)
         self.seed, self.primary, self._cache = seed, self.workload.primary, cache
 
     # ------------------------------------------------------------------ models
@@ -63,12 +70,16 @@ class AlphaQubit:
         basis = w.basis if w.outputs == "observable" else BOTH
         return {"distance": w.distance, "basis": basis, "outputs": w.outputs}
 
-    def _build(self, size: str, **changes: Any) -> Decoder:
-        return build(**{**preset(size, self.workload.distance, **changes).to_data(), **self._experiment})
+    @property
+    def _size(self) -> Config:
+        return self.sizes.config(self.workload.distance)
+
+    def _build(self, next_stabilizer: bool = False) -> Decoder:
+        return build(**{**self._size.to_data(), "next_stabilizer": next_stabilizer, **self._experiment})
 
     def new_teacher(self) -> Decoder:
         """A decoder of the settings' size with fresh weights from the present random state."""
-        return self._build(self.pretrain.size, next_stabilizer=self.pretrain.next_weight > 0)
+        return self._build(next_stabilizer=self.pretrain.next_weight > 0)
 
     def teacher(self) -> nn.Module:
         """The shipped teacher or the one of the settings, frozen; with fusing probes where the settings want them.
@@ -99,19 +110,19 @@ class AlphaQubit:
 
     def student(self, inherit: bool) -> Decoder:
         """A student of the settings' size with fresh weights, or with those of the checkpoint it goes on from."""
-        fresh = self._build(self.distill.size)
+        fresh = self._build()
         if self.distill.model == "scratch":
             return fresh
         model = self.load(Path(self.distill.model))
         if model.config != fresh.config:
             other = {k: (v, fresh.config[k]) for k, v in model.config.items() if v != fresh.config[k]}
             said = ", ".join(f"{key}={theirs} instead of {ours}" for key, (theirs, ours) in other.items())
-            raise InputError(f"model={self.distill.model} is of another shape than size={self.distill.size}: {said}")
+            raise InputError(f"model={self.distill.model} is of another shape than size={self.sizes.size}: {said}")
         return model
 
     def student_id(self) -> str:
         """Students are not cut from their teacher: nothing is kept for them."""
-        return _digest(self.distill.size)
+        return _digest(self._size)
 
     def pruned(self, model: nn.Module, share: float) -> nn.Module:
         """Not offered: the grid's convolutions and tables tie the widths of a decoder together."""
@@ -222,7 +233,7 @@ class AlphaQubit:
         wide = teacher.decoder if isinstance(teacher, FusedTeacher) else teacher
         assert isinstance(wide, Decoder)
         on = [signal.name for signal in self.signals()]
-        return losses.adapters(wide._config, preset(self.distill.size, self.workload.distance), on)
+        return losses.adapters(wide._config, self._size, on)
 
     # ------------------------------------------------------------------ evaluation
     def evaluate(self, model: nn.Module, split: str, full: bool = False) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from trainables.alphaqubit.settings import DecoderFusionSettings, DecoderSetting
 from trainables.checkpoint import model_hash
 from trainables.domain import Batch, make_domain
 from trainables.gates import paired_drop
+from trainables.stream import fresh
 from trainables.teacher_cache import locked
 from trainables.training import Training
 
@@ -140,11 +141,10 @@ class Fuse(Training):
         self.reference: Tensor | None = None
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """Shots never seen before."""
+        """Shots never seen before, drawn by a thread ahead of their use."""
         size = self.settings["batch_size"]
         first = (epoch - 1) * self.steps_per_epoch * size
-        for step in range(self.steps_per_epoch):
-            yield self.domain.samples("train", torch.arange(first + step * size, first + (step + 1) * size))
+        return fresh(self.domain.pretraining_samples, first, self.steps_per_epoch, size)
 
     def _heads(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -8,11 +8,7 @@ instructions, draws other shots. That is why fixed shots are identified by a has
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import cached_property
 
@@ -156,73 +152,3 @@ def shots_hash(batch: Batch) -> str:
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-class Stream:
-    """Batches make(first), make(first + 1), ... prepared by a thread ahead of their use.
-
-    The order is that of the steps, so what a step sees does not depend on how fast anything runs. Errors of `make`
-    are raised where the batch is asked for. Close it, or use it in a `with`.
-    """
-
-    def __init__(self, make: Callable[[int], Batch], first: int = 0, depth: int = 4) -> None:
-        """depth: batches that wait, at most."""
-        if depth < 1:
-            raise InputError(f"depth={depth} is too small, use 1 or more waiting batches")
-        self.cpu_seconds = 0.0  # CPU time of the thread in `make`
-        self._make, self._step = make, first
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._failed: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._failed is not None:
-            raise self._failed
-        if self._stop.is_set():
-            raise StopIteration
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._failed = item
-            raise item
-        return item
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the thread; batches that wait are dropped."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            start = time.thread_time()
-            try:
-                item: Batch | BaseException = self._make(self._step)
-            except BaseException as error:
-                item = error
-            self.cpu_seconds += time.thread_time() - start
-            self._step += 1
-            while not self._stop.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-
-
-def batches(sampler: Sampler, batch_size: int) -> Callable[[int], Batch]:
-    """The batch of a step: `batch_size` shots that follow those of the step before."""
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} is too small, use 1 or more")
-    return lambda step: sampler.shots(step * batch_size, batch_size)

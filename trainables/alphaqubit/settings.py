@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from engines.errors import InputError
-from trainables.alphaqubit.config import PRESETS
+from trainables.alphaqubit.config import Config
 from trainables.alphaqubit.sampler import Experiment
 from trainables.config import Count, Settings, TrainingSettings, Workload, absolute
 from trainables.schedules import Schedule
 
 Rate = Annotated[float, Field(gt=0, lt=0.5)]
+Depth = Annotated[int, Field(ge=0)]
+Dilations = Annotated[tuple[Count, ...], Field(min_length=1)]
 SIGNALS = ("beta", "transformer", "rnn", "readout", "fused")  # settings that are the weight of a distillation signal
 
 
@@ -21,12 +23,6 @@ def _weights(value: Any) -> Any:
     if min(schedule.values) < 0:
         raise ValueError(f"weights {list(schedule.values)} of the schedule must be 0 or more")
     return schedule.to_data()
-
-
-def _known(size: str) -> str:
-    if size not in PRESETS:
-        raise ValueError(f"expected one of {', '.join(PRESETS)}")
-    return size
 
 
 class DecoderWorkload(Workload):
@@ -63,10 +59,48 @@ class DecoderWorkload(Workload):
         return self
 
 
+class Size(Settings):
+    """A size of the decoder; see :class:`~trainables.alphaqubit.config.Config`, whose defaults are the teacher's."""
+
+    dim: Count = Config.dim
+    layers: Count = Config.layers
+    heads: Count = Config.heads
+    key_dim: Count = Config.key_dim
+    widening: Count = Config.widening
+    conv_channels: Count = Config.conv_channels
+    dilations: Dilations = Config.dilations
+    dilations_from_5: Dilations | None = None  # for codes of distance 5 and more, where they differ
+    bias_dim: Count = Config.bias_dim
+    bias_layers: Depth = Config.bias_layers
+    embed_layers: Depth = Config.embed_layers
+    readout_dim: Count = Config.readout_dim
+    readout_layers: Depth = Config.readout_layers
+
+
+class DecoderSizes(Settings):
+    """The named sizes of the decoder, and the one that is built."""
+
+    sizes: dict[str, Size] = {"teacher": Size()}
+    size: str = "teacher"
+
+    @field_validator("size")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        sizes = info.data.get("sizes")  # absent where they were refused
+        if sizes is not None and value not in sizes:
+            raise ValueError(f"expected one of {', '.join(sizes)}")
+        return value
+
+    def config(self, distance: int) -> Config:
+        """The size that is built, for codes of a distance."""
+        data = self.sizes[self.size].model_dump()
+        far = data.pop("dilations_from_5")
+        return Config(**{**data, "dilations": far if far and distance >= 5 else data["dilations"]})
+
+
 class DecoderPretrainSettings(Settings):
     """How a decoder is trained from scratch."""
 
-    size: Annotated[str, AfterValidator(_known)] = "teacher"
     epochs: Count = 20
     samples_per_epoch: Count = 102400
     batch_size: Count = 256
@@ -107,7 +141,6 @@ class DecoderSettings(TrainingSettings):
     """How one student is distilled; the weight of every signal is a number or a schedule, 0 = off."""
 
     model: Annotated[str, AfterValidator(absolute)] = "scratch"
-    size: Annotated[str, AfterValidator(_known)] = "student"
     fusion: Annotated[str, AfterValidator(absolute)] = "none"
     train_p: Rate = 0.01
     rounds_weight: float = Field(0.0, ge=0)

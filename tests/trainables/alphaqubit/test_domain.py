@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from engines.errors import InputError
-from sweeps.settings import DECODER, DECODER_WORKLOAD, resolve
+from sweeps.settings import DECODER, DECODER_SIZES, DECODER_WORKLOAD, resolve
 from trainables import checkpoint
 from trainables.alphaqubit.fusion import FusedTeacher
 from trainables.alphaqubit.settings import SIGNALS
@@ -77,10 +77,10 @@ def test_exported_student_is_one_plain_decoder(aq):
     trial = Distill(config)
     trial.step()
     names = checkpoint.load(Path(config["state_dir"]) / "best.pth")["model"].keys()
-    assert names == aq.domain()._build("student").state_dict().keys()
+    assert names == aq.domain().student(False).state_dict().keys()
     assert not [name for name in names if re.search("probe|adapter|heads.(transformer|rnn)|next|fus", name)]
     assert len(kept(config)["trained"]) > len(names), "adapters are part of the state"
-    pretrained = aq.config("pre", next_weight=0.1, rounds_weight=0.1, size="student", epochs=1)
+    pretrained = aq.config("pre", next_weight=0.1, rounds_weight=0.1, epochs=1)
     own = Pretrain(pretrained)
     own.step()
     assert any(name.startswith("next_stabilizer") for name in own.model.state_dict())
@@ -135,7 +135,7 @@ def test_identities_follow_what_they_stand_for(aq, tmp_path):
 
 
 def test_stage_two_goes_on_from_stage_one(aq, tmp_path):
-    student = aq.domain()._build("student")
+    student = aq.domain().student(False)
     path = aq.save(tmp_path / "stage1.pth", student)
     trial = Distill(aq.config("two", {"beta": 0, "fused": 0.7, "fusion": str(aq.probes())}, model=str(path)))
     assert all(map(torch.equal, trial.model.state_dict().values(), student.state_dict().values()))
@@ -155,7 +155,7 @@ BAD_SETTINGS = [
     ({"alpha": 0, "beta": 0}, "alpha=0 and all of beta, transformer, rnn, readout, fused 0.*set one above 0"),
     ({"fused": 0.5}, "fused is on without.*give fusion=cached"),
     ({"rnn": -0.1}, r"rnn=-0.1: weights \[-0.1\].*must be 0 or more"),
-    ({"size": "tiny"}, "size=tiny: expected one of sycamore, scaling, teacher, student"),
+    ({"size": "tiny"}, "size=tiny: expected one of teacher, student, scaling, sycamore"),
     ({"distance": 5, "primary": "ler_exact"}, "primary=ler_exact: the exact decoder is for distance=3"),
 ]
 
@@ -163,12 +163,12 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize(("given", "named"), BAD_SETTINGS, ids=lambda value: str(value)[:40])
 def test_bad_settings_are_named_in_one_line(given, named):
     with pytest.raises(InputError, match=named) as caught:
-        resolve((DECODER_WORKLOAD, DECODER), "demo", given)
+        resolve((DECODER_WORKLOAD, DECODER_SIZES, DECODER), "demo", given)
     assert "\n" not in str(caught.value)
 
 
 def test_trials_are_checked_like_settings(aq):
-    resolved = resolve((DECODER_WORKLOAD, DECODER), "demo", {})
+    resolved = resolve((DECODER_WORKLOAD, DECODER_SIZES, DECODER), "demo", {})
     with pytest.raises(InputError, match="trial T: alpha=0 and all of"):
         resolved.with_params({"alpha": 0, "beta": 0}, "T")
     with pytest.raises(ValidationError):

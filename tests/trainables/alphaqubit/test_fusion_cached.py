@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from trainables import checkpoint, evaluate
-from trainables.alphaqubit.config import preset
 from trainables.alphaqubit.fusion import FusedTeacher
 from trainables.alphaqubit.model import Decoder, build
 from trainables.distill import Distill
 from trainables.domain import make_domain
 from trainables.schedules import step
 
+SIZES = {"size": "student", "sizes": {"student": {"dim": 16, "key_dim": 4, "conv_channels": 16, "readout_layers": 1}}}
 SETTINGS = {
-    **{"distance": 3, "rounds": 2, "val_shots": 64, "test_shots": 64, "fusion": "cached", "size": "student"},
+    **{"distance": 3, "rounds": 2, "val_shots": 64, "test_shots": 64, "fusion": "cached", **SIZES},
     **{"epochs": 1, "samples_per_epoch": 64, "train_samples": 300, "batch_size": 32, "lr": 3e-3, "lr_end": 0.01},
     **{"optimizer": "adamw", "lr_warmup": 0.1, "weight_decay": 0.0, "alpha": 0.3, "workload_seed": 42},
 }
@@ -26,7 +26,7 @@ STAGES = {"rnn": step(0.1, 0, at=0.5).to_data(), "fused": step(0, 0.7, at=0.5).t
 def teacher(tmp_path_factory):
     """A narrower decoder than the student with random weights, so that features need adapters."""
     torch.manual_seed(3)
-    model = build(**preset("student", 3, dim=8).to_data(), distance=3, basis="Z")
+    model = build(dim=8, key_dim=4, conv_channels=16, bias_dim=8, readout_dim=16, distance=3, basis="Z")
     path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
     checkpoint.save(path, {"model": model.state_dict(), "config": model.config})
     return str(path)

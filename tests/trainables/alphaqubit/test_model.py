@@ -1,15 +1,20 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.nn import functional as F
 
 from engines.errors import InputError
+from sweeps.settings import DECODER_PRETRAIN, DECODER_SIZES, resolve
+from sweeps.spec import SettingsFile
 from trainables.alphaqubit.blocks import GridConv, softmax
-from trainables.alphaqubit.config import OUTPUTS, PRESETS, Config, from_data, preset
+from trainables.alphaqubit.config import OUTPUTS, Config, from_data
 from trainables.alphaqubit.layout import rotated
 from trainables.alphaqubit.model import Decoder, build, without_training_heads
+from trainables.alphaqubit.settings import DecoderSizes, Size
 
 TINY = {
     **{"dim": 8, "layers": 2, "heads": 2, "key_dim": 4, "conv_channels": 6, "dilations": (1, 2), "bias_dim": 4},
@@ -200,18 +205,49 @@ def test_the_mean_over_lines_may_go_before_the_last_linear_layer():
     torch.testing.assert_close(readout(x, readout.qubits.constants()), torch.cat(expected, dim=1))
 
 
-def test_presets_have_the_published_size_and_the_student_a_quarter_of_the_teacher():
+def test_shipped_sizes_are_the_published_ones_and_the_student_a_quarter_of_the_teacher():
+    names = ("teacher", "student", "scaling", "sycamore")
+    configs = {(name, d): shipped(name).config(d) for name in names for d in (3, 5)}
     counts = {
-        (name, d): sum(p.numel() for p in Decoder(preset(name, d), rotated(d, "Z")).parameters())
-        for name in PRESETS
-        for d in (3, 5)
+        (name, d): sum(p.numel() for p in Decoder(config, rotated(d, "Z")).parameters())
+        for (name, d), config in configs.items()
     }
     for d in (3, 5):
         assert counts["scaling", d] == pytest.approx(5.4e6, rel=0.01)
         assert 5.4e6 < counts["sycamore", d] < 9e6  # "larger than 5.4 M"
         assert 20_000 <= counts["teacher", d] <= 60_000
         assert counts["student", d] <= 0.25 * counts["teacher", d]
-    assert preset("sycamore", 5).dilations == (1, 1, 2) and preset("sycamore", 3).dilations == (1, 1, 1)
+    assert configs["sycamore", 5].dilations == (1, 1, 2) and configs["sycamore", 3].dilations == (1, 1, 1)
+    assert configs["scaling", 3].dilations == configs["scaling", 5].dilations == (1, 2, 4)
+    assert configs["teacher", 3] == Config(), "what a size leaves out is as in the shipped teacher"
+
+
+def shipped(name):
+    """The sizes of sweeps/settings/alphaqubit.yaml with this one chosen."""
+    return DecoderSizes.among(resolve((DECODER_SIZES,), "small", {"size": name}).values)
+
+
+def test_a_size_of_ones_own_is_built_and_all_that_is_wrong_with_it_is_named_at_once(tmp_path):
+    assert Size.model_fields.keys() - {"dilations_from_5"} <= {field.name for field in dataclasses.fields(Config)}
+    whole = yaml.safe_load(DECODER_SIZES.path.read_text())
+    own = tmp_path / "own.yaml"
+
+    def chosen(**tiny):
+        whole["defaults"]["sizes"]["tiny"] = tiny
+        own.write_text(yaml.safe_dump(whole))
+        files = (SettingsFile(str(own), DecoderSizes), DECODER_PRETRAIN)
+        return DecoderSizes.among(resolve(files, "demo", {"size": "tiny"}).values).config(3)
+
+    assert chosen(dim=8, dilations=[1, 2]) == Config(dim=8, dilations=(1, 2))
+    bad = {"dim": 0, "heads": "four", "width": 3, "dilations": []}
+    with pytest.raises(InputError) as caught:
+        chosen(**bad)
+    assert all(f"own.yaml: sizes.tiny.{key}={value!r}: " in str(caught.value) for key, value in bad.items())
+    with pytest.raises(InputError) as caught:
+        resolve((DECODER_SIZES, DECODER_PRETRAIN), "demo", {"sizes": {"tiny": {"dim": 0}}, "epochs": 0})
+    assert "--set sizes.tiny.dim=0: " in str(caught.value) and "--set epochs=0: " in str(caught.value)
+    with pytest.raises(InputError, match="^--set size=big: expected one of teacher, student, scaling, sycamore$"):
+        resolve((DECODER_SIZES,), "demo", {"size": "big"})
 
 
 def test_config_is_json_and_rebuilds_the_decoder_without_its_training_head():
@@ -233,7 +269,6 @@ def test_config_is_json_and_rebuilds_the_decoder_without_its_training_head():
         (lambda: from_data({"width": 3}), "width"),
         (lambda: from_data({"dim": "32"}), "dim='32'"),
         (lambda: from_data({"dilations": 1}), "dilations=1"),
-        (lambda: preset("big", 3), "'big'"),
         (lambda: build(dim=8, basis="Z"), "distance=None"),
         (lambda: build(distance=4, basis="Z"), "distance=4"),
         (lambda: decoder()(*bits(distance=5)), "distance 3 needs both"),

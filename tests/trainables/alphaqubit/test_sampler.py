@@ -1,5 +1,3 @@
-import threading
-
 import numpy as np
 import pytest
 import stim
@@ -8,7 +6,7 @@ import torch
 from engines.errors import InputError
 from trainables.alphaqubit.circuits import data_line, memory_circuit, with_round_labels
 from trainables.alphaqubit.layout import layout_of
-from trainables.alphaqubit.sampler import BLOCK, Experiment, Sampler, Stream, batches, fixed_shots, shots_hash
+from trainables.alphaqubit.sampler import BLOCK, Experiment, Sampler, fixed_shots, shots_hash
 
 EXPERIMENTS = [
     Experiment(3, 4, 0.02),
@@ -132,32 +130,6 @@ def test_test_shots_have_a_hash():
     assert len(others | {identity, shots_hash(batch)}) == 5
 
 
-def test_a_stream_is_in_order_and_ends():
-    sampler = Sampler(Experiment(3, 2, 0.01), 3)
-    make = batches(sampler, 100)
-    before = threading.active_count()
-    with Stream(make, first=5, depth=2) as stream:
-        found = [next(stream) for _ in range(12)]
-    assert threading.active_count() == before
-    assert stream.cpu_seconds > 0 and next(stream, None) is None
-    whole = sampler.shots(500, 1200)
-    for name, value in whole.items():
-        assert torch.equal(torch.cat([batch[name] for batch in found]), value)
-
-
-def test_an_error_of_the_thread_reaches_the_caller():
-    def make(step):
-        if step == 2:
-            raise InputError("step 2")
-        return {"label": torch.tensor([step])}
-
-    with Stream(make) as stream:
-        assert [int(next(stream)["label"]) for _ in range(2)] == [0, 1]
-        for _ in range(2):
-            with pytest.raises(InputError, match="step 2"):
-                next(stream)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -171,8 +143,6 @@ def test_an_error_of_the_thread_reaches_the_caller():
         (lambda: Sampler(Experiment(3, 2, 0.01), 1, "dev"), "split 'dev' is unknown"),
         (lambda: Sampler(Experiment(3, 2, 0.01), 1).shots(-2, 5), "shot -2 is negative"),
         (lambda: fixed_shots(Experiment(3, 2, 0.01), 1, 0), "count=0 of test shots"),
-        (lambda: batches(Sampler(Experiment(3, 2, 0.01), 1), 0), "batch_size=0 is too small"),
-        (lambda: Stream(lambda step: {}, depth=0), "depth=0 is too small"),
     ],
 )
 def test_bad_values_end_in_one_line(call, message):
