@@ -23,15 +23,17 @@ from sweeps.spec import SettingsFile
 from trainables.alphaqubit.settings import (
     DecoderFusionSettings,
     DecoderPretrainSettings,
+    DecoderPruneSettings,
+    DecoderQuantSettings,
     DecoderSettings,
     DecoderSizes,
     DecoderWorkload,
 )
 from trainables.config import (
     DistillSettings,
+    Dust3rPruneSettings,
+    Dust3rQuantSettings,
     PretrainSettings,
-    PruneSettings,
-    QuantSettings,
     Workload,
     WorkloadSettings,
 )
@@ -40,14 +42,16 @@ from trainables.schedules import Schedule
 PROFILES = ("demo", "small", "full")
 WORKLOAD = SettingsFile("workload.yaml", WorkloadSettings)
 DISTILL = SettingsFile("distill.yaml", DistillSettings)
-QUANT = SettingsFile("quant.yaml", QuantSettings)
-PRUNE = SettingsFile("prune.yaml", PruneSettings)
+QUANT = SettingsFile("quant.yaml", Dust3rQuantSettings)
+PRUNE = SettingsFile("prune.yaml", Dust3rPruneSettings)
 PRETRAIN = SettingsFile("pretrain.yaml", PretrainSettings)
 DECODER_WORKLOAD = SettingsFile("decoder_workload.yaml", DecoderWorkload)
 WORKLOADS = (WORKLOAD, DECODER_WORKLOAD)
 DECODER_SIZES = SettingsFile("alphaqubit.yaml", DecoderSizes)
 DECODER = SettingsFile("decoder_distill.yaml", DecoderSettings)
 DECODER_FUSION = SettingsFile("decoder_fusion.yaml", DecoderFusionSettings)
+DECODER_QUANT = SettingsFile("decoder_quant.yaml", DecoderQuantSettings)
+DECODER_PRUNE = SettingsFile("decoder_prune.yaml", DecoderPruneSettings)
 DECODER_PRETRAIN = SettingsFile("decoder_pretrain.yaml", DecoderPretrainSettings)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -19,29 +20,40 @@ from torch import Tensor, nn
 from engines.errors import InputError
 from engines.export import export_onnx
 from engines.latency import measure
+from engines.policy import QuantPolicy
+from engines.quantize import post_training
 from engines.runtimes import OnnxRuntime
+from trainables import least_squares
 from trainables.alphaqubit import circuits, compare, decisions, exact, layout, losses, matching, sampler
+from trainables.alphaqubit import prune as pruning
 from trainables.alphaqubit.config import Config
 from trainables.alphaqubit.decisions import SHIPPED
+from trainables.alphaqubit.deployed import Deployed
 from trainables.alphaqubit.fusion import FusedTeacher, cached_probes, load_probes
 from trainables.alphaqubit.layout import BOTH
 from trainables.alphaqubit.model import Decoder, build, without_training_heads
+from trainables.alphaqubit.prune import narrowed, partway, prune
 from trainables.alphaqubit.sampler import Sampler, fixed_shots
 from trainables.alphaqubit.settings import (
     SIGNALS,
     DecoderPretrainSettings,
+    DecoderPruneSettings,
     DecoderSettings,
     DecoderSizes,
     DecoderWorkload,
 )
+from trainables.checkpoint import model_hash
 from trainables.domain import Batch, Outputs, Signal
 from trainables.schedules import Schedule
 
 BATCH = 1024  # of the throughput
+FIT_SHOTS = 1024  # on which a pruned decoder is fitted to what it was cut from
 FEATURES = ("readout", *losses.FEATURES)
 _NAMES = {"beta": "final"}  # a signal's name in the losses, where its weight's setting has another
 # What is cached depends on this code and on stim's random numbers.
 _CODE = "".join(map(inspect.getsource, (circuits, layout, sampler, exact, matching))) + stim.__version__
+
+_PRUNING = "".join(map(inspect.getsource, (pruning, least_squares)))
 
 
 def _digest(*identity: object) -> str:
@@ -60,7 +72,7 @@ class AlphaQubit:
         self.distill = DecoderSettings.among(settings)
         self.pretrain = DecoderPretrainSettings.among(settings)
         self.sizes = DecoderSizes.among(settings)
-        self.seed, self.primary, self._cache = seed, self.workload.primary, cache
+        self._settings, self.seed, self.primary, self._cache = settings, seed, self.workload.primary, cache
 
     # ------------------------------------------------------------------ models
     @property
@@ -124,9 +136,18 @@ class AlphaQubit:
         """Students are not cut from their teacher: nothing is kept for them."""
         return _digest(self._size)
 
-    def pruned(self, model: nn.Module, share: float) -> nn.Module:
-        """Not offered: the grid's convolutions and tables tie the widths of a decoder together."""
-        raise InputError("domain alphaqubit: pruning is for domain dust3r; choose a smaller size=student instead")
+    def pruned(self, model: nn.Module, share: float) -> Decoder:
+        """Pruned to `share` of the way to the settings' widths, and refitted to what it was on training shots."""
+        teacher = self.teacher()
+        assert isinstance(model, Decoder) and isinstance(teacher, Decoder)
+        target = narrowed(teacher._config, DecoderPruneSettings.among(self._settings).channel_ratios)
+        shots = self._training.at(torch.arange(FIT_SHOTS))
+        return prune(without_training_heads(model), partway(teacher._config, target, share), *self.inputs(shots))
+
+    def pruned_id(self) -> str:
+        """Hash of the teacher's weights, the ratios, the pruning code and the training shots."""
+        ratios = DecoderPruneSettings.among(self._settings).channel_ratios
+        return _digest(_PRUNING, model_hash(self.teacher()), self.data_id(), ratios, FIT_SHOTS)
 
     def load(self, path: Path) -> Decoder:
         """A decoder from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
@@ -265,7 +286,7 @@ class AlphaQubit:
             limit = np.minimum(flipped, 1 - flipped)
         return compare.measures(own, self.workload.experiment, self._fixed(split), limit, self.workload.workload_seed)
 
-    def pace(self, model: nn.Module, p50_ms: float, device: str) -> dict[str, float]:
+    def pace(self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None = None) -> dict[str, float]:
         """Microseconds per shot and per layer of detectors at batch 1, and per shot at batch BATCH in ONNX Runtime."""
         w = self.workload
         found = {"us_per_shot": 1000 * p50_ms, "us_per_round": 1000 * p50_ms / (w.rounds + 1)}
@@ -274,11 +295,13 @@ class AlphaQubit:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "batch.onnx"
             export_onnx(module.cpu(), batch, path, names_in, names_out)
+            arrays = tuple(tensor.numpy() for tensor in batch)
+            if policy:
+                post_training(path, path, dataclasses.replace(policy, calibration=1), [arrays])
             try:
                 engine = OnnxRuntime(path, device, w.threads)
             except InputError:  # this onnxruntime has no CUDA
                 return found
-            arrays = tuple(tensor.numpy() for tensor in batch)
             times = measure({"batch": lambda: engine.run(arrays)}, 1, max(5, w.repeats // 6), w.workload_seed)["batch"]
             engine.close()
         return {**found, f"us_per_shot_{BATCH}": 1000 * float(np.median(times)) / BATCH}
@@ -309,7 +332,7 @@ class AlphaQubit:
         singles = zip(*(torch.split(tensor, 1) for tensor in self.inputs(batch)), strict=True)
         plain = model.decoder if isinstance(model, FusedTeacher) else model
         assert isinstance(plain, Decoder)
-        return without_training_heads(plain).eval(), list(singles), ["events", "measurements"], ["logits"]
+        return Deployed(without_training_heads(plain)).eval(), list(singles), ["events", "measurements"], ["logits"]
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Events and measurements (N, R + 1, S) int32."""

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from engines.errors import InputError
-from trainables import checkpoint, fast_linear
+from engines.policy import QuantPolicy
+from trainables import checkpoint, fast_linear, least_squares
 from trainables.checkpoint import model_hash
-from trainables.config import DistillSettings, PruneSettings, WorkloadSettings
+from trainables.config import DistillSettings, Dust3rPruneSettings, WorkloadSettings
 from trainables.domain import Batch, Outputs, Signal
 from trainables.dust3r import blocks, dpt, losses, metrics, narrow, pairs, rooms
 from trainables.dust3r import inherit as inheritance
@@ -51,8 +52,8 @@ SENSITIVITY_PAIRS = 32
 TEACHER_BATCH = 64  # pairs at a time: more do not fit a core's cache
 STATES = ("enc1", "enc2", "dec1", "dec2")
 # What is cached depends on this code. Read at import: an edit during a sweep must not change its identities.
-_MODULES = (rooms, metrics, losses, blocks, dpt, model_code, inheritance, narrow, pruning, sys.modules[__name__])
-_CODE = "".join(map(inspect.getsource, _MODULES))
+_MODULES = (rooms, metrics, losses, blocks, dpt, model_code, inheritance, least_squares, narrow, pruning)
+_CODE = "".join(map(inspect.getsource, (*_MODULES, sys.modules[__name__])))
 
 
 def _digest(*identity: object) -> str:
@@ -120,10 +121,15 @@ class Dust3r:
         pruning.refit(model, pruned, kept, self._calibration(CALIBRATION_PAIRS // 2))
         return pruned
 
+    def pruned_id(self) -> str:
+        """Hash of the teacher's weights, the ratios, the pruning code and the calibration pairs."""
+        asked = Dust3rPruneSettings.among(self._settings)
+        return _digest(model_hash(self.teacher()), self.data_id(), asked.channel_ratios, asked.ratios, self.distill.T)
+
     @cached_property
     def _narrowed(self) -> Config:
         """The widths that the settings ask for."""
-        teacher, asked = self.teacher(), PruneSettings.among(self._settings)
+        teacher, asked = self.teacher(), Dust3rPruneSettings.among(self._settings)
         config = Config(**teacher.config)
         target = narrow.narrowed(config, asked.channel_ratios)  # refuses what cannot be before time is spent
         if asked.ratios == "uniform":
@@ -312,7 +318,7 @@ class Dust3r:
         scaled = guess * (true.median(1).values / guess.median())[:, None]
         return {"absrel_mean_depth_map": float(((scaled - true).abs() / true).mean())}
 
-    def pace(self, model: nn.Module, p50_ms: float, device: str) -> dict[str, float]:
+    def pace(self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None = None) -> dict[str, float]:
         """Nothing beyond milliseconds per pair."""
         return {}
 

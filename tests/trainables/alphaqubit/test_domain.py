@@ -87,7 +87,7 @@ def test_exported_student_is_one_plain_decoder(aq):
     exported = checkpoint.load(Path(pretrained["state_dir"]) / "best.pth")
     assert exported["model"].keys() == names and not exported["config"]["next_stabilizer"]
     plain, inputs, _, _ = aq.domain().deployed(own.model)
-    assert plain.state_dict().keys() == names and len(inputs) == 5 and inputs[0][0].shape == (1, 3, 8)
+    assert plain.decoder.state_dict().keys() == names and len(inputs) == 5 and inputs[0][0].shape == (1, 3, 8)
 
 
 @pytest.mark.parametrize("outputs", ["observable", "xz", "ixyz"])
@@ -196,7 +196,6 @@ def test_bad_models_are_named_in_one_line(aq, tmp_path, teacher_file):
         (lambda: aq.domain().load(teacher_file), "teacher.pth: not a decoder"),
         (lambda: aq.domain().load(tmp_path / "lost.pth"), "lost.pth: not a decoder"),
         (lambda: aq.domain().load(tmp_path / "odd.pth"), "odd.pth: not a decoder.*dim='8'"),
-        (lambda: aq.domain().pruned(aq.new_decoder(), 0.5), "pruning is for domain dust3r"),
     ]
     for call, named in cases:
         with pytest.raises(InputError, match=named) as caught:
