@@ -48,6 +48,9 @@ def render(pareto: Pareto) -> str:
             records += [_shown(point.record) for point in group]
             drawn += group
         for other in pareto.others:
+            if other.is_limit:
+                bottom, y = axes.y_range[0], axes.y.map(other.drop.value)
+                figure.add_hrect(min(bottom, y), y, fillcolor=style.BEYOND, line_width=0, layer="below")
             figure.add_trace(_other(axes, other, len(records), pareto))
             records.append(_shown(other.record))
         _layout(figure, axes, pareto)
@@ -263,7 +266,7 @@ def _layout(figure: go.Figure, axes: Axes, pareto: Pareto) -> None:
                 "tickvals": [place for place, _ in side],
                 "ticktext": [label for _, label in side],
             },
-            margin={"r": 76},
+            margin={"l": 88, "r": 76},
         )
     if axes.x.linear_to is not None:
         figure.update_xaxes(tickvals=[axes.x.map(v) for v, _ in x_ticks], ticktext=[label for _, label in x_ticks])
@@ -286,7 +289,8 @@ def _labels(axes: Axes, pareto: Pareto) -> list[dict[str, Any]]:
         x, y = pixel(point.x.value, point.drop.value)
         half = style.mark(point).size * 0.7
         hard.append(Box(x - half, y - half, x + half, y + half))
-        soft.append(Box(x - 1, pixel(0, point.drop.lo)[1], x + 1, pixel(0, point.drop.hi)[1]))
+        (left, low), (right, high) = pixel(point.x.lo, point.drop.lo), pixel(point.x.hi, point.drop.hi)
+        soft += [Box(left, y - 1, right, y + 1), Box(x - 1, low, x + 1, high)]
     for label in wanted:
         anchors.append(pixel(label.x, label.drop))
         sizes.append((7.0 * len(label.text) + 8, 16.0))

@@ -20,7 +20,7 @@ COLUMNS = ("exp_id", "T", "beta", "rho", "epochs", "test LER", "test drop % [95 
            "x teacher [95 %]", "x FP32 torch", "verdict", "stop reason")  # fmt: skip
 _OPTIONAL = {"T": "T", "beta": "beta", "rho": "rho", "test LER": "ler", "params down %": "params_down",
              "x teacher [95 %]": "ratio", "x FP32 torch": "speedup"}  # fmt: skip
-_LEFT = {"exp_id", "beta", "verdict", "stop reason"}
+_LEFT, _WRAPPED = {"exp_id", "beta", "verdict", "stop reason"}, {"exp_id", "beta"}
 _STYLES = {"pass": "bold green", "fail": "red", "n/a": "dim"}
 
 
@@ -137,7 +137,7 @@ def render(
     names = columns(shown)
     for name in names:
         right, head = name not in _LEFT, _heading(name, shown)
-        table.add_column(escape(head), justify="right" if right else "left", no_wrap=name != "exp_id", overflow="fold")
+        table.add_column(escape(head), justify="right" if right else "left", no_wrap=name not in _WRAPPED, overflow="fold")
     for row in shown:
         cells = {name: escape(cell) for name, cell in zip(COLUMNS, row.cells(), strict=True)}
         if row.verdict in _STYLES:
