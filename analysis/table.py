@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.markup import escape
 from rich.table import Table
@@ -136,8 +136,9 @@ def render(
     shown = rows(records, chosen)
     names = columns(shown)
     for name in names:
-        right, head = name not in _LEFT, _heading(name, shown)
-        table.add_column(escape(head), justify="right" if right else "left", no_wrap=name not in _WRAPPED, overflow="fold")
+        side: Literal["left", "right"] = "left" if name in _LEFT else "right"
+        head = escape(_heading(name, shown))
+        table.add_column(head, justify=side, no_wrap=name not in _WRAPPED, overflow="fold")
     for row in shown:
         cells = {name: escape(cell) for name, cell in zip(COLUMNS, row.cells(), strict=True)}
         if row.verdict in _STYLES:
