@@ -79,11 +79,12 @@ def _table(options: argparse.Namespace) -> None:
 
     data = store.load(options.tracking_uri, options.sweep, curve_keys=())
     records = data.trials.to_dicts()
-    rendered = table.render(records, data.settings, data.name)
+    chosen = data.tags.get("chosen")
+    rendered = table.render(records, data.settings, data.name, chosen)
     if options.csv:
-        table.save(options.csv, table.csv_text(records))
+        table.save(options.csv, table.csv_text(records, chosen))
     if options.markdown:
-        table.save(options.markdown, table.markdown(records, data.settings))
+        table.save(options.markdown, table.markdown(records, data.settings, chosen))
     for note in data.notes:
         print(note)
     console = Console()

@@ -16,8 +16,9 @@ from matplotlib.lines import Line2D
 
 from analysis import picture, style
 from analysis.labels import short, spread
-from analysis.pareto import Kind, Pareto, is_stop, kind_of
-from analysis.scale import Scale, choose, limits
+from analysis.pareto import Pareto
+from analysis.points import Kind, is_stop, kind_of
+from analysis.scale import Scale, choose, limits, unmap
 from analysis.store import SweepData
 
 LABELS_AT_MOST, LABELS_IN_A_CROWD = 14, 7
@@ -97,11 +98,12 @@ def _plot(figure: Figure, ax: MplAxes, curves: Sequence[Curve], pareto: Pareto, 
     last_epoch = max(curve.epochs[-1] for curve in curves)
     first_epoch = min(curve.epochs[0] for curve in curves)
     axes = style.Axes(Scale(), scale, (first_epoch - 0.4, last_epoch + max(0.4, 0.02 * last_epoch)), (low, high))
-    picture.set_axes(ax, axes, "epoch", "◀ better      drop on the validation split (%)")
+    ticks = [(scale.map(value), label) for value, label in scale.ticks(unmap(scale, low), axes.top)]
+    picture.set_axes(ax, axes, ticks, "epoch", "◀ better      drop on the validation split (%)")
     whole = [tick for tick in ax.get_xticks() if float(tick).is_integer()]
     ax.set_xticks(whole, [f"{tick:g}" for tick in whole])
     if pareto.gate and limit is not None:
-        picture.gate_line(ax, axes, limit, pareto.gate.text, left=True)
+        picture.gate_line(ax, axes, limit, f"gate: {pareto.gate.text}", left=True)
     own = looks(curves)
     for curve in curves:
         look = style.plain(curve.kind)

@@ -14,10 +14,12 @@ import plotly.graph_objects as go
 
 from analysis import style
 from analysis.labels import Box, place
-from analysis.pareto import Pareto, Point, Vertex, split_at, steps
-from analysis.scale import unmap
+from analysis.pareto import Pareto, Vertex, split_at, steps
+from analysis.points import Other, Point
 from analysis.store import RUN_COLUMNS
 from analysis.style import Axes, Mark
+from analysis.template import PAGE
+from analysis.words import Words
 from trainables.record import UNITS
 
 HEIGHT_PX = 560
@@ -42,12 +44,18 @@ def render(pareto: Pareto) -> str:
     if axes:
         _lines(figure, axes, pareto)
         for look, group in style.kinds(pareto.points):
-            figure.add_trace(_trace(axes, look, group, len(records)))
+            figure.add_trace(_trace(axes, look, group, len(records), pareto.words))
             records += [_shown(point.record) for point in group]
             drawn += group
+        for other in pareto.others:
+            if other.is_limit:
+                bottom, y = axes.y_range[0], axes.y.map(other.drop.value)
+                figure.add_hrect(min(bottom, y), y, fillcolor=style.BEYOND, line_width=0, layer="below")
+            figure.add_trace(_other(axes, other, len(records), pareto))
+            records.append(_shown(other.record))
         _layout(figure, axes, pareto)
     # Until someone points at one, the panel shows the trial that most will look for: the fastest that passes.
-    fastest = sorted(range(len(drawn)), key=lambda i: (drawn[i].kind != "pass", drawn[i].p50.value))
+    fastest = sorted(range(len(drawn)), key=lambda i: (drawn[i].kind != "pass", drawn[i].x.value))
     first = fastest[0] if fastest else 0
     plot = (
         figure.to_html(
@@ -61,7 +69,7 @@ def render(pareto: Pareto) -> str:
         if axes
         else "<p>No trial has both a drop and a latency yet.</p>"
     )
-    return _PAGE.format(
+    return PAGE.format(
         font=_FONT,
         title=html.escape(f"Quality against latency: {pareto.sweep}"),
         sweep=html.escape(pareto.sweep),
@@ -83,7 +91,7 @@ def _lines(figure: go.Figure, axes: Axes, pareto: Pareto) -> None:
             y,
             line={"color": style.GATE, "width": 1.5, "dash": "dash"},
             annotation={
-                "text": f"gate: {html.escape(pareto.gate.text)}",
+                "text": html.escape(style.gate_text(pareto)),
                 "font": {"color": style.GATE, "size": 12},
             },
             annotation_position="top right",
@@ -107,8 +115,8 @@ def _lines(figure: go.Figure, axes: Axes, pareto: Pareto) -> None:
             )
 
 
-def _trace(axes: Axes, look: Mark, group: Sequence[Point], first: int) -> go.Scatter:
-    xs = [axes.x.map(p.p50.value) for p in group]
+def _trace(axes: Axes, look: Mark, group: Sequence[Point], first: int, words: Words) -> go.Scatter:
+    xs = [axes.x.map(p.x.value) for p in group]
     ys = [axes.y.map(p.drop.value) for p in group]
 
     def bars(high: list[float], low: list[float]) -> dict[str, Any]:
@@ -137,27 +145,69 @@ def _trace(axes: Axes, look: Mark, group: Sequence[Point], first: int) -> go.Sca
             "line": {"width": 2 if thin else 1, "color": outline},
         },
         error_x=bars(
-            [axes.x.map(p.p50.hi) - x for p, x in zip(group, xs, strict=True)],
-            [x - axes.x.map(p.p50.lo) for p, x in zip(group, xs, strict=True)],
+            [axes.x.map(p.x.hi) - x for p, x in zip(group, xs, strict=True)],
+            [x - axes.x.map(p.x.lo) for p, x in zip(group, xs, strict=True)],
         ),
         error_y=bars(
             [axes.y.map(p.drop.hi) - y for p, y in zip(group, ys, strict=True)],
             [y - axes.y.map(p.drop.lo) for p, y in zip(group, ys, strict=True)],
         ),
         customdata=list(range(first, first + len(group))),
-        text=[_hover(point) for point in group],
+        text=[_hover(point, words) for point in group],
         hovertemplate="%{text}<extra></extra>",
     )
 
 
-def _hover(point: Point) -> str:
+def _other(axes: Axes, other: Other, index: int, pareto: Pareto) -> go.Scatter:
+    """Another decoder: a line across, with a marker where it was timed; the line answers a pointer along its length."""
+    y, (left, right) = axes.y.map(other.drop.value), axes.x_range
+    xs = [left + (right - left) * step / 40 for step in range(41)]
+    marked = 0 if other.x is None else 1 + sum(x < axes.x.map(other.x) for x in xs)
+    if other.x is not None:
+        xs.insert(marked - 1, axes.x.map(other.x))
+    interval = f"  [{other.drop.lo:+.2f}, {other.drop.hi:+.2f}]" if other.drop.hi > other.drop.lo else ""
+    rate = other.record["quality"]
+    lines = [
+        f"<b>{html.escape(other.name)}</b>",
+        f"{pareto.words.rate} {rate:.4g}" if rate else "",
+        f"drop {other.drop.value:+.2f} %{interval}",
+        f"p50 {other.x:.3g} {pareto.words.time} per {pareto.words.sample}, from Python" if other.x is not None else "",
+    ]
+    return go.Scatter(
+        x=xs,
+        y=[y] * len(xs),
+        mode="lines+markers",
+        name=other.name,
+        line={
+            "width": 1.5,
+            "color": style.INK if other.is_limit else style.OTHER.colour,
+            "dash": "solid" if other.is_limit else "dashdot",
+        },
+        marker={
+            "symbol": style.OTHER.plotly,
+            "color": style.OTHER.colour,
+            "size": [1.35 * style.OTHER.size if i == marked - 1 else 0 for i in range(len(xs))],
+            "opacity": [1.0 if i == marked - 1 else 0.0 for i in range(len(xs))],
+        },
+        customdata=[index] * len(xs),
+        text="<br>".join(line for line in lines if line),
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def _hover(point: Point, words: Words) -> str:
     """A glance at the record; the panel beside the picture shows all of it."""
-    drop, p50 = point.drop, point.p50
+    drop, p50, ratio = point.drop, point.x, point.ratio
     lines = [f"<b>{html.escape(point.exp_id)}</b>"]
     interval = f"  [{drop.lo:+.2f}, {drop.hi:+.2f}]" if drop.hi > drop.lo else ""
     lines.append(f"drop {drop.value:+.2f} %{interval}")
-    interval = f"  [{p50.lo:.2f}, {p50.hi:.2f}]" if p50.hi > p50.lo else ""
-    lines.append(f"p50 {p50.value:.2f} ms{interval}")
+    if words.rate and point.record.get("quality") is not None:
+        lines.insert(1, f"{words.rate} {point.record['quality']:.4g}")
+    interval = f"  [{p50.lo:.4g}, {p50.hi:.4g}]" if p50.hi > p50.lo else ""
+    lines.append(f"p50 {p50.value:.4g} {words.time}{interval}")
+    if ratio and point.kind != "teacher":
+        interval = f"  [{ratio.lo:.2f}, {ratio.hi:.2f}]" if ratio.hi > ratio.lo else ""
+        lines.append(f"{ratio.value:.2f} x the teacher's speed, same runtime{interval}")
     if point.stop_reason:
         lines.append(f"stopped: {html.escape(point.stop_reason)}")
     for key in _GLANCE:
@@ -170,7 +220,7 @@ def _hover(point: Point) -> str:
 def _layout(figure: go.Figure, axes: Axes, pareto: Pareto) -> None:
     x_title, y_title = style.axis_words(pareto)
     x_ticks = axes.x.ticks(axes.x_range[0], axes.right)
-    y_ticks = axes.y.ticks(unmap(axes.y, axes.y_range[0]), axes.top)
+    y_ticks, side = style.y_ticks(pareto, axes)
     common = {
         "gridcolor": style.GRID,
         "linecolor": "#b8bcc0",
@@ -199,10 +249,25 @@ def _layout(figure: go.Figure, axes: Axes, pareto: Pareto) -> None:
             **common,
             "title": {"text": y_title},
             "range": axes.y_range,
-            "tickvals": [axes.y.map(v) for v, _ in y_ticks],
+            "tickvals": [place for place, _ in y_ticks],
             "ticktext": [label for _, label in y_ticks],
         },
     )
+    if side:
+        # A second axis is drawn only for a trace of its own: one that shows nothing.
+        figure.add_trace(go.Scatter(x=[None], y=[None], yaxis="y2", showlegend=False, hoverinfo="skip"))
+        right = {**common, "title": {"text": style.SIDE_TITLE}, "range": axes.y_range, "showgrid": False}
+        figure.update_layout(
+            yaxis2={
+                **right,
+                "overlaying": "y",
+                "matches": "y",
+                "side": "right",
+                "tickvals": [place for place, _ in side],
+                "ticktext": [label for _, label in side],
+            },
+            margin={"l": 88, "r": 76},
+        )
     if axes.x.linear_to is not None:
         figure.update_xaxes(tickvals=[axes.x.map(v) for v, _ in x_ticks], ticktext=[label for _, label in x_ticks])
     for annotation in _labels(axes, pareto):
@@ -213,7 +278,7 @@ def _labels(axes: Axes, pareto: Pareto) -> list[dict[str, Any]]:
     """Names of the points beside them, as far as there is room; hovering names the rest."""
     # Hovering names a point, so in a crowd only those that matter most carry their name.
     crowd = len(pareto.points) > 16
-    wanted = [(p, text) for p, text in style.labelled(pareto) if not crowd or p.on_front]
+    wanted = [label for label in style.labelled(pareto, axes) if not crowd or label.front or label.look is style.OTHER]
 
     def pixel(x: float, y: float) -> Vertex:
         (x0, x1), (y0, y1) = axes.x_range, axes.y_range
@@ -221,40 +286,44 @@ def _labels(axes: Axes, pareto: Pareto) -> list[dict[str, Any]]:
 
     anchors, sizes, hard, soft = [], [], [], []
     for point in pareto.points:
-        x, y = pixel(point.p50.value, point.drop.value)
+        x, y = pixel(point.x.value, point.drop.value)
         half = style.mark(point).size * 0.7
         hard.append(Box(x - half, y - half, x + half, y + half))
-        soft.append(Box(x - 1, pixel(0, point.drop.lo)[1], x + 1, pixel(0, point.drop.hi)[1]))
-    for point, text in wanted:
-        anchors.append(pixel(point.p50.value, point.drop.value))
-        sizes.append((7.0 * len(text) + 8, 16.0))
+        (left, low), (right, high) = pixel(point.x.lo, point.drop.lo), pixel(point.x.hi, point.drop.hi)
+        soft += [Box(left, y - 1, right, y + 1), Box(x - 1, low, x + 1, high)]
+    for label in wanted:
+        anchors.append(pixel(label.x, label.drop))
+        sizes.append((7.0 * len(label.text) + 8, 16.0))
+    for other in pareto.others:
+        y = pixel(0, other.drop.value)[1]
+        soft.append(Box(0, y - 1, _AREA.right, y + 1))
     corners = [pixel(*corner) for corner in steps(pareto.front, axes.top, axes.right)]
     for (ax, ay), (bx, by) in zip(corners, corners[1:], strict=False):
         soft.append(Box(min(ax, bx) - 1, min(ay, by) - 1, max(ax, bx) + 1, max(ay, by) + 1))
     if pareto.gate and pareto.gate.drop_pct is not None:
         gate = pixel(0, pareto.gate.drop_pct)[1]
         soft.append(Box(0, gate - 1, _AREA.right, gate + 1))
-        hard.append(Box(_AREA.right - 150, gate, _AREA.right, gate + 22))
+        hard.append(Box(_AREA.right - 8 * len(style.gate_text(pareto)), gate, _AREA.right, gate + 22))
     found = []
-    for (point, text), anchor, box in zip(wanted, anchors, place(anchors, sizes, hard, soft, _AREA), strict=True):
+    for label, anchor, box in zip(wanted, anchors, place(anchors, sizes, hard, soft, _AREA), strict=True):
         if box is None:
             continue
         dx, dy = (box.left + box.right) / 2 - anchor[0], anchor[1] - (box.bottom + box.top) / 2
         far = math.hypot(max(abs(dx) - (box.right - box.left) / 2, 0), max(abs(dy) - 8, 0)) > 14
         found.append(
             {
-                "x": axes.x.map(point.p50.value),
-                "y": axes.y.map(point.drop.value),
+                "x": axes.x.map(label.x),
+                "y": axes.y.map(label.drop),
                 "ax": dx,
                 "ay": dy,
-                "text": html.escape(text),
+                "text": html.escape(label.text),
                 "showarrow": True,
                 "arrowhead": 0,
                 "arrowwidth": 0.8,
                 "arrowcolor": "#9aa0a6" if far else "rgba(0,0,0,0)",
                 "standoff": 6,
                 "borderpad": 0,
-                "font": {"size": 12, "color": style.MUTED if point.kind == "stopped" else style.INK},
+                "font": {"size": 12, "color": style.MUTED if label.look is style.STOPPED else style.INK},
             }
         )
     return found
@@ -275,88 +344,3 @@ def _script_json(data: Any) -> str:
     """JSON that cannot end the script element it stands in."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline';
-  style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light; }}
-body {{ margin: 0 auto; max-width: 1400px; padding: 20px 24px; background: #fff; color: #1a1a1a;
-  font: 14px/1.45 {font}; }}
-header {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 16px; }}
-h1 {{ font-size: 21px; margin: 0; }}
-header span {{ color: #5f6368; margin-left: auto; }}
-.headline {{ margin: 4px 0 10px; font-size: 15px; }}
-main {{ display: grid; grid-template-columns: minmax(0, 1fr) 300px; gap: 16px; align-items: start; }}
-aside {{ border: 1px solid #e0e3e6; border-radius: 8px; padding: 10px 12px; max-height: 560px; overflow: auto;
-  box-sizing: border-box; }}
-aside h2 {{ font-size: 14px; margin: 0 0 6px; overflow-wrap: anywhere; }}
-aside p {{ color: #5f6368; margin: 0 0 6px; font-size: 12.5px; }}
-table {{ border-collapse: collapse; width: 100%; font-size: 12.5px; }}
-td {{ padding: 2px 0; vertical-align: top; border-top: 1px solid #f0f1f3; overflow-wrap: anywhere; }}
-td:first-child {{ color: #5f6368; padding-right: 10px; overflow-wrap: normal; }}
-td:last-child {{ text-align: right; font-variant-numeric: tabular-nums; }}
-tr.none td {{ color: #b4b8bc; }}
-footer {{ color: #5f6368; font-size: 12.5px; margin-top: 8px; }}
-footer p {{ margin: 2px 0; }}
-@media (max-width: 900px) {{
-  main {{ grid-template-columns: minmax(0, 1fr); }}
-  aside {{ max-height: none; }}
-}}
-@media print {{ aside {{ display: none; }} main {{ display: block; }} }}
-</style>
-</head>
-<body>
-<header><h1>Quality against latency</h1><span>{sweep}</span></header>
-<p class="headline">{headline}</p>
-<main><div>{plot}</div>
-<aside aria-live="polite"><h2 id="name">Record</h2>
-<p id="hint">Point at a trial to see its record; click to keep it. A click on the legend hides a kind.</p>
-<table><tbody id="record"></tbody></table></aside></main>
-<footer>{footer}</footer>
-<script>
-(function () {{
-  const records = {records}, units = {units};
-  const plot = document.getElementById("pareto"), body = document.getElementById("record");
-  const name = document.getElementById("name"), hint = document.getElementById("hint");
-  const idle = hint.textContent;
-  let kept = null;
-  function show(index) {{
-    const record = records[index];
-    name.textContent = record.exp_id;
-    body.replaceChildren(...Object.entries(record).map(([key, value]) => {{
-      const row = document.createElement("tr");
-      const left = document.createElement("td"), right = document.createElement("td");
-      left.textContent = key;
-      left.title = units[key] || "";
-      right.textContent = value === null ? "–" : typeof value === "number" && !Number.isInteger(value)
-        ? String(Number(value.toPrecision(6))) : String(value);
-      if (value === null) row.className = "none";
-      row.append(left, right);
-      return row;
-    }}));
-  }}
-  if (!plot || !plot.on) return;
-  show({first});
-  plot.on("plotly_hover", (event) => {{
-    const index = event.points[0].customdata;
-    if (kept === null && index !== undefined) show(index);
-  }});
-  plot.on("plotly_click", (event) => {{
-    const index = event.points[0].customdata;
-    if (index === undefined) return;
-    kept = kept === index ? null : index;
-    hint.textContent = kept === null ? idle : "Kept: click the point again to let go.";
-    show(index);
-  }});
-}})();
-</script>
-</body>
-</html>
-"""

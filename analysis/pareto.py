@@ -1,53 +1,25 @@
 """Quality against latency: which trials are worth having, computed first and drawn elsewhere.
 
-Axes: p50 latency per pair in ms, and the drop of the primary metric against the teacher in percent (positive
-is worse). Less is better on both: the front runs from the lower right (the teacher's side) to the upper left.
+Axes: p50 latency (ms per pair, µs per shot), and the drop of the primary metric against the teacher in percent
+(positive is worse). Less is better on both: the front runs from the lower right (the teacher's side) to the upper left.
 """
 
-import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import moocore
 import numpy as np
 import polars as pl
 
+from analysis.points import Clock, Other, Point, clock_of, is_open, is_stop, number, others_of, point_of, rate_of
 from analysis.store import RUN_COLUMNS, SweepData, load
+from analysis.words import PICTURES, Words, words_of
 from trainables.record import EXTRAS, FIELDS, InputError
 
-Kind = Literal["teacher", "pass", "fail", "stopped", "unjudged", "open"]
 Vertex = tuple[float, float]
-UNFINISHED = {"RUNNING": "still running", "KILLED": "interrupted"}  # MLflow's status of a trial without a record
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A measured value with its interval; lo == hi == value where none was measured."""
-
-    value: float
-    lo: float
-    hi: float
-
-
-@dataclass(frozen=True)
-class Point:
-    """One trial in the plane.
-
-    p50: ms per pair. drop: percent, positive = worse. kind: ``pass``, ``fail``, ``unjudged`` (no gate) were
-    trained to the end, or stopped when they already met the gate; ``stopped`` were stopped before they did;
-    ``open`` (not finished) has no place in the plane.
-    """
-
-    exp_id: str
-    kind: Kind
-    p50: Interval
-    drop: Interval
-    on_front: bool
-    stop_reason: str | None
-    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,10 +35,13 @@ class Pareto:
     """Everything a picture of one sweep needs.
 
     ``front``: points that no other beats in both, fastest first (stopped ones take no part).
-    ``hypervolume``: area in ms * percent between the front and ``reference`` = (p50 ms, drop percent): the
-    teacher's p50 and the gate's limit, where known, else a tenth beyond the worst point.
+    ``hypervolume``: area in x * percent between the front and ``reference`` = (x, drop percent): the teacher's x and
+    the gate's limit, where known, else a tenth beyond the worst point.
     ``left_out``: (exp_id, why) of trials that have no place in the plane.
     ``metric``: the primary metric that the drop is taken of, "" if unknown.
+    ``words``: what samples and times are called. ``clock``: how x was found, "" where it is p50 as measured.
+    ``rate``: the teacher's error rate where the picture shows rates, else None; ``others``: what else has one.
+    ``chosen``: exp_id of the trial that validation chose, "" if none.
     """
 
     sweep: str
@@ -79,6 +54,11 @@ class Pareto:
     metric: str
     headline: str
     caption: tuple[str, ...]
+    words: Words
+    clock: str
+    rate: float | None
+    others: tuple[Other, ...]
+    chosen: str
 
 
 def run(tracking_uri: str, sweep: str, out_dir: str | Path, log: bool = True) -> list[Path]:
@@ -102,7 +82,7 @@ def write(data: SweepData, pareto: Pareto, out_dir: str | Path) -> list[Path]:
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / name for name in ("pareto.csv", "pareto.png", "pareto.html", "curves.png")]
+        paths = [folder / name for name in PICTURES]
         for path in paths:
             temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
             try:
@@ -132,16 +112,18 @@ def compute(data: SweepData) -> Pareto:
         raise InputError(f"--sweep {data.name}: no trial is logged yet; wait for its first or resume the sweep")
     check_one_workload(rows)
     gate = gate_of(data.settings)
+    words = words_of(next((row["domain"] for row in rows if row.get("domain")), data.tags.get("domain")))
+    clock, rate = clock_of(rows), rate_of(rows) if words.rate else None
     candidates: list[Point] = []
     left_out: list[tuple[str, str]] = []
     for row in rows:
-        point = _point(row)
+        point = point_of(row, clock, words)
         if isinstance(point, Point):
             candidates.append(point)
         else:
             left_out.append((str(row["exp_id"]), point))
     points = mark_front(candidates)
-    front = tuple(sorted((p for p in points if p.on_front), key=lambda p: (p.p50.value, p.drop.value)))
+    front = tuple(sorted((p for p in points if p.on_front), key=lambda p: (p.x.value, p.drop.value)))
     reference = _reference(points, gate)
     return Pareto(
         sweep=data.name,
@@ -153,7 +135,24 @@ def compute(data: SweepData) -> Pareto:
         left_out=tuple(left_out),
         metric=data.settings.get("primary", ""),
         headline=headline(rows, gate) + ("  ·  the sweep was interrupted" if data.interrupted else ""),
-        caption=caption(rows, data.settings),
+        caption=caption(rows, data.settings, words),
+        words=words,
+        clock=clock_note(clock, candidates, words),
+        rate=rate,
+        others=others_of(rows, rate) if rate else (),
+        chosen=data.tags.get("chosen", ""),
+    )
+
+
+def clock_note(clock: Clock | None, points: Sequence[Point], words: Words) -> str:
+    """One line on how x was found: by paired ratios, and where not."""
+    if clock is None or not any(point.ratio for point in points):
+        return ""
+    unpaired = sum(point.ratio is None for point in points)
+    return (
+        f"x: the teacher's p50, {words.per_ms * clock.p50_ms:.4g} {words.time} (median of {clock.timings} timings), "
+        "divided by each trial's ratio to it, taken in the same alternating rounds"
+        + (f"; {unpaired} without a ratio: p50 as measured" if unpaired else "")
     )
 
 
@@ -165,19 +164,17 @@ def mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
     allowed = [i for i, point in enumerate(points) if point.kind != "stopped"]
     if not allowed:
         return tuple(points)
-    plane = np.array([(points[i].p50.value, points[i].drop.value) for i in allowed])
+    plane = np.array([(points[i].x.value, points[i].drop.value) for i in allowed])
     best = moocore.is_nondominated(plane, keep_weakly=True)
     chosen = {i for i, keep in zip(allowed, best, strict=True) if keep}
-    return tuple(
-        Point(p.exp_id, p.kind, p.p50, p.drop, i in chosen, p.stop_reason, p.record) for i, p in enumerate(points)
-    )
+    return tuple(replace(point, on_front=i in chosen) for i, point in enumerate(points))
 
 
 def steps(front: Sequence[Point], top: float, right: float) -> list[Vertex]:
     """Corners (ms, percent) of the front's step line, from the upper edge ``top`` to ``right``."""
     line: list[Vertex] = []
     for point in front:
-        x, y = point.p50.value, point.drop.value
+        x, y = point.x.value, point.drop.value
         line.append((x, line[-1][1] if line else max(top, y)))
         line.append((x, y))
     if line:
@@ -251,7 +248,7 @@ def load_note(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"load {load:.1f} on {cores:g} cores when latency was measured: trust the ratios, not the times"
 
 
-def caption(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str]) -> tuple[str, ...]:
+def caption(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str], words: Words) -> tuple[str, ...]:
     """Where the numbers come from, as far as is known: workload, domain, engine, device, size of the test."""
     parts = []
     for name, key in (
@@ -267,7 +264,7 @@ def caption(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str]) -> t
         if values:
             shown = [value[:12] for value in values] if key == "workload_hash" else values
             parts.append(f"{name} {' / '.join(shown)}")
-    for name, key in (("images", "image_size"), ("test pairs", "test_pairs")):
+    for name, key in (("images", "image_size"), (f"test {words.samples}", f"test_{words.samples}")):
         if settings.get(key):
             parts.append(f"{name} {settings[key]}")
     warning = load_note(rows)
@@ -275,13 +272,21 @@ def caption(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str]) -> t
 
 
 def frame(data: SweepData, pareto: Pareto) -> pl.DataFrame:
-    """All trials as a table: 25 fields, extras, the trials' own extras, then their place in the picture."""
+    """All trials as a table: 25 fields, extras, the trials' own extras, then their place in the picture (x in its
+    unit); after them the other decoders that are drawn in.
+    """
     placed = {id_of(point.record): point for point in pareto.points}
     reasons = dict(pareto.left_out)
     own = [name for name in data.trials.columns if name not in {*RUN_COLUMNS, *FIELDS, *EXTRAS}]
     keys = [id_of(row) for row in data.trials.to_dicts()]
     points = [placed.get(key) for key in keys]
-    return data.trials.select(*FIELDS, *EXTRAS, *own, "role", "status", "trial_id", "run_id").with_columns(
+    x = f"x_{pareto.words.column}"
+    places = {x: "value", f"{x}_lo": "lo", f"{x}_hi": "hi"}
+    trials = data.trials.select(*FIELDS, *EXTRAS, *own, "role", "status", "trial_id", "run_id").with_columns(
+        *(
+            pl.Series(name, [getattr(p.x, end) if p else None for p in points], dtype=pl.Float64)
+            for name, end in places.items()
+        ),
         pl.Series("kind", [p.kind if p else None for p in points], dtype=pl.String),
         pl.Series("on_front", [p.on_front if p else None for p in points], dtype=pl.Boolean),
         pl.Series(
@@ -290,6 +295,9 @@ def frame(data: SweepData, pareto: Pareto) -> pl.DataFrame:
             dtype=pl.String,
         ),
     )
+    others = [{**other.record, x: other.x} for other in pareto.others]
+    known = [{key: row[key] for key in row if key in trials.columns} for row in others]
+    return pl.concat([trials, pl.DataFrame(known)], how="diagonal_relaxed") if known else trials
 
 
 def id_of(row: Mapping[str, Any]) -> str:
@@ -297,70 +305,11 @@ def id_of(row: Mapping[str, Any]) -> str:
     return str(row["run_id"])
 
 
-def kind_of(row: Mapping[str, Any]) -> Kind:
-    """What a trial counts as; one that meets its gate passes even if its training was cut short."""
-    if row["role"] == "teacher":
-        return "teacher"
-    if row.get("verdict") == "pass":
-        return "pass"
-    if is_stop(row.get("stop_reason")):
-        return "stopped"
-    if is_open(row):
-        return "open"
-    return "fail" if row.get("verdict") == "fail" else "unjudged"
-
-
-def is_open(row: Mapping[str, Any]) -> bool:
-    """Whether a trial has no record yet: it runs, or its sweep was interrupted."""
-    return row.get("verdict") is None and row.get("status") in UNFINISHED
-
-
-def is_stop(reason: Any) -> bool:
-    """Whether a stop reason says that a trial ended before its last epoch."""
-    return bool(reason) and reason != "completed"
-
-
-def _point(row: Mapping[str, Any]) -> Point | str:
-    """The row's place in the plane, or why it has none."""
-    teacher = row["role"] == "teacher"
-    p50 = _interval(row, "t_pair_p50_ms", "p50_lo", "p50_hi", 1.0)
-    # The teacher's drop against itself is zero by definition, whether or not it was written down.
-    drop = Interval(0.0, 0.0, 0.0) if teacher else _interval(row, "drop", "drop_lo", "drop_hi", 100.0)
-    missing = [name for name, value in (("p50", p50), ("drop", drop)) if value is None]
-    if p50 is None or drop is None:
-        why = f"no {' and no '.join(missing)}"
-        status = str(row["status"])
-        state = f"stopped: {row['stop_reason']}" if is_stop(row.get("stop_reason")) else status.lower()
-        state = UNFINISHED[status] if is_open(row) else state
-        return f"{why}; {state}"
-    reason = row.get("stop_reason")
-    return Point(str(row["exp_id"]), kind_of(row), p50, drop, False, reason if is_stop(reason) else None, row)
-
-
-def _interval(row: Mapping[str, Any], key: str, lo: str, hi: str, unit: float) -> Interval | None:
-    value = number(row.get(key))
-    if value is None:
-        return None
-    low, high = number(row.get(lo)), number(row.get(hi))
-    # A bootstrap interval can leave its value out; it is widened to it, as bars have no negative length.
-    return Interval(
-        value * unit,
-        min(value if low is None else low, value) * unit,
-        max(value if high is None else high, value) * unit,
-    )
-
-
-def number(value: Any) -> float | None:
-    """A finite number, else None."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if ok else None
-
-
 def _reference(points: Sequence[Point], gate: Limit | None) -> Vertex | None:
     if not points:
         return None
-    teachers = [p.p50.value for p in points if p.kind == "teacher"]
-    slowest = max(p.p50.value for p in points)
+    teachers = [p.x.value for p in points if p.kind == "teacher"]
+    slowest = max(p.x.value for p in points)
     worst = max(p.drop.value for p in points)
     limit = gate.drop_pct if gate else None
     return (
@@ -372,7 +321,7 @@ def _reference(points: Sequence[Point], gate: Limit | None) -> Vertex | None:
 def _hypervolume(front: Sequence[Point], reference: Vertex | None) -> float | None:
     if reference is None:
         return None
-    inside = [(p.p50.value, p.drop.value) for p in front]
+    inside = [(p.x.value, p.drop.value) for p in front]
     inside = [(x, y) for x, y in inside if x < reference[0] and y < reference[1]]
     return float(moocore.hypervolume(np.array(inside), ref=np.array(reference))) if inside else 0.0
 

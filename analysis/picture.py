@@ -13,12 +13,14 @@ from matplotlib.patheffects import withStroke
 
 from analysis import style
 from analysis.labels import Box, place
-from analysis.pareto import Pareto, Point, Vertex, split_at, steps
-from analysis.scale import unmap
+from analysis.pareto import Pareto, Vertex, split_at, steps
+from analysis.points import Other, Point
 from analysis.style import Axes, Mark
 
 WIDTH_IN, HEIGHT_IN, DPI = 10.0, 6.4, 160
 FONT = 9.5
+OTHER_DASHES: Any = (0, (4, 2, 1, 2))
+HALO = withStroke(linewidth=2.2, foreground="#ffffffb0")
 
 
 def draw(pareto: Pareto, path: Path) -> None:
@@ -27,7 +29,7 @@ def draw(pareto: Pareto, path: Path) -> None:
     FigureCanvasAgg(figure)
     foot = [piece for line in style.footer(pareto) for piece in textwrap.wrap(line, 160)]
     low = bottom(len(foot))
-    ax = figure.add_axes((0.085, low, 0.895, 0.825 - low))
+    ax = figure.add_axes((0.085, low, 0.845 if pareto.rate else 0.895, 0.825 - low))
     frame(figure, ax, "Quality against latency", pareto.sweep, pareto.headline, foot)
     if not pareto.points:
         ax.set_axis_off()
@@ -70,14 +72,13 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
 
 
-def set_axes(ax: MplAxes, axes: Axes, x_title: str, y_title: str) -> None:
-    """Limits, ticks and titles; data go in as places on the axis."""
+def set_axes(ax: MplAxes, axes: Axes, y_ticks: Sequence[tuple[float, str]], x_title: str, y_title: str) -> None:
+    """Limits, ticks (y: place and label) and titles; data go in as places on the axis."""
     ax.set_xlim(*axes.x_range)
     ax.set_ylim(*axes.y_range)
     x_ticks = axes.x.ticks(axes.x_range[0], axes.right)
-    y_ticks = axes.y.ticks(unmap(axes.y, axes.y_range[0]), axes.top)
     ax.set_xticks([axes.x.map(v) for v, _ in x_ticks], [label for _, label in x_ticks])
-    ax.set_yticks([axes.y.map(v) for v, _ in y_ticks], [label for _, label in y_ticks])
+    ax.set_yticks([place for place, _ in y_ticks], [label for _, label in y_ticks])
     ax.set_xlabel(x_title, fontsize=10, color=style.INK, labelpad=6)
     ax.set_ylabel(y_title, fontsize=10, color=style.INK, labelpad=6)
 
@@ -88,7 +89,7 @@ def gate_line(ax: MplAxes, axes: Axes, limit: float, text: str, left: bool = Fal
     ax.axhspan(place_y, max(axes.y_range[1], place_y), color="#f6efe8", zorder=0, lw=0)
     ax.axhline(place_y, color=style.GATE, linewidth=1.2, linestyle=(0, (6, 3)), zorder=1.5)
     ax.annotate(
-        f"gate: {text}",
+        text,
         (0 if left else 1, place_y),
         xycoords=("axes fraction", "data"),
         xytext=(6, -4) if left else (-4, 3),
@@ -97,15 +98,20 @@ def gate_line(ax: MplAxes, axes: Axes, limit: float, text: str, left: bool = Fal
         va="top" if left else "bottom",
         fontsize=8.5,
         color=style.GATE,
+        path_effects=[HALO],
     )
 
 
 def _plane(figure: Figure, ax: MplAxes, pareto: Pareto) -> None:
     axes = style.axes(pareto)
-    set_axes(ax, axes, *style.axis_words(pareto))
+    ticks, side = style.y_ticks(pareto, axes)
+    set_axes(ax, axes, ticks, *style.axis_words(pareto))
+    if side:
+        _right_axis(ax, side)
     limit = pareto.gate.drop_pct if pareto.gate else None
-    if pareto.gate and limit is not None:
-        gate_line(ax, axes, limit, pareto.gate.text)
+    if limit is not None:
+        gate_line(ax, axes, limit, style.gate_text(pareto))
+    _others(ax, axes, pareto.others)
     line = steps(pareto.front, axes.top, axes.right)
     above, below = split_at(line, limit)
     for part, dashes in ((above, (0, (1, 2))), (below, "-")):
@@ -122,6 +128,9 @@ def _plane(figure: Figure, ax: MplAxes, pareto: Pareto) -> None:
         hollow = Line2D([], [], linestyle="none", marker="o", markersize=7, color=style.MUTED)
         hollow.set(markerfacecolor="white", markeredgewidth=1.3, label="hollow: dominated")
         handles.append(hollow)
+    if any(not other.is_limit for other in pareto.others):
+        square = _mark_style(style.OTHER)
+        handles.append(Line2D([], [], linestyle=OTHER_DASHES, linewidth=1.1, label=style.OTHER.word, **square))
     handles.append(Line2D([], [], color=style.FRONT, linewidth=1.6, alpha=0.75, label="front"))
     figure.legend(
         handles=handles,
@@ -148,16 +157,36 @@ def _plane(figure: Figure, ax: MplAxes, pareto: Pareto) -> None:
         )
 
 
+def _right_axis(ax: MplAxes, ticks: Sequence[tuple[float, str]]) -> None:
+    right = ax.secondary_yaxis("right")
+    right.set_yticks([place for place, _ in ticks], [label for _, label in ticks])
+    right.tick_params(colors=style.MUTED, labelsize=9, length=3)
+    right.spines["right"].set_color("#b8bcc0")
+    right.set_ylabel(style.SIDE_TITLE, fontsize=10, color=style.INK, labelpad=6)
+
+
+def _others(ax: MplAxes, axes: Axes, others: Sequence[Other]) -> None:
+    """Other decoders as lines across, with a marker where they were timed; below the limit nothing can lie."""
+    for other in others:
+        y = axes.y.map(other.drop.value)
+        if other.is_limit:
+            ax.axhspan(min(axes.y_range[0], y), y, color=style.BEYOND, zorder=0, lw=0)
+        colour, dashes = (style.INK, "-") if other.is_limit else (style.OTHER.colour, OTHER_DASHES)
+        ax.axhline(y, color=colour, linestyle=dashes, linewidth=1.1, zorder=1.4)
+        if other.x is not None:
+            ax.plot([axes.x.map(other.x)], [y], linestyle="none", zorder=4, clip_on=False, **_mark_style(style.OTHER))
+
+
 def _places(axes: Axes, line: Sequence[Vertex]) -> tuple[list[float], list[float]]:
     return [axes.x.map(x) for x, _ in line], [axes.y.map(y) for _, y in line]
 
 
 def _marks(ax: MplAxes, axes: Axes, look: Mark, group: Sequence[Point]) -> None:
     """The markers of one look over their error bars."""
-    xs, ys = _places(axes, [(p.p50.value, p.drop.value) for p in group])
+    xs, ys = _places(axes, [(p.x.value, p.drop.value) for p in group])
     x_bars = [
-        [x - axes.x.map(p.p50.lo) for x, p in zip(xs, group, strict=True)],
-        [axes.x.map(p.p50.hi) - x for x, p in zip(xs, group, strict=True)],
+        [x - axes.x.map(p.x.lo) for x, p in zip(xs, group, strict=True)],
+        [axes.x.map(p.x.hi) - x for x, p in zip(xs, group, strict=True)],
     ]
     y_bars = [
         [y - axes.y.map(p.drop.lo) for y, p in zip(ys, group, strict=True)],
@@ -195,24 +224,21 @@ def _mark_style(look: Mark) -> dict[str, Any]:
 
 def _labels(figure: Figure, ax: MplAxes, axes: Axes, pareto: Pareto, line: Sequence[Vertex]) -> int:
     """Name the points where there is room; returns how many had none."""
-    wanted = style.labelled(pareto)
+    wanted = style.labelled(pareto, axes)
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    texts = []
-    for point, text in wanted:
-        strong = point.on_front or point.kind == "teacher"
-        colour = style.MUTED if point.kind == "stopped" else style.INK
-        texts.append(
-            ax.text(
-                0,
-                0,
-                text,
-                fontsize=FONT if strong else FONT - 1.3,
-                color=colour,
-                fontweight="bold" if strong and point.kind != "fail" else "normal",
-                zorder=7,
-                path_effects=[withStroke(linewidth=2.2, foreground="#ffffffb0")],
-            )
+    texts = [
+        ax.text(
+            0,
+            0,
+            label.text,
+            fontsize=FONT if label.front else FONT - 1.3,
+            color=style.MUTED if label.look is style.STOPPED else style.INK,
+            fontweight="bold" if label.front and label.look is not style.FAIL else "normal",
+            zorder=7,
+            path_effects=[HALO],
         )
+        for label in wanted
+    ]
     sizes = [(box.width + 4, box.height) for box in (t.get_window_extent(renderer) for t in texts)]
 
     def pixel(x: float, y: float) -> tuple[float, float]:
@@ -221,22 +247,28 @@ def _labels(figure: Figure, ax: MplAxes, axes: Axes, pareto: Pareto, line: Seque
 
     unit = DPI / 72
     anchors, hard, soft = [], [], []
-    for point, _ in wanted:
-        x, y = pixel(point.p50.value, point.drop.value)
-        half = style.mark(point).size / 2 * unit
+    for label in wanted:
+        x, y = pixel(label.x, label.drop)
+        half = label.look.size / 2 * unit
         anchors.append((x, y))
         hard.append(Box(x - half, y - half, x + half, y + half))
-        (left, low), (right, high) = pixel(point.p50.lo, point.drop.lo), pixel(point.p50.hi, point.drop.hi)
+    for point in pareto.points:
+        x, y = pixel(point.x.value, point.drop.value)
+        (left, low), (right, high) = pixel(point.x.lo, point.drop.lo), pixel(point.x.hi, point.drop.hi)
         soft += [Box(left, y - unit, right, y + unit), Box(x - unit, low, x + unit, high)]
     corners = [pixel(x, y) for x, y in line]
     for (ax0, ay0), (ax1, ay1) in zip(corners, corners[1:], strict=False):
         soft.append(Box(min(ax0, ax1) - unit, min(ay0, ay1) - unit, max(ax0, ax1) + unit, max(ay0, ay1) + unit))
     area = ax.get_window_extent(renderer)
     bounds = Box(area.x0, area.y0, area.x1, area.y1)
+    for other in pareto.others:
+        _, y = pixel(0, other.drop.value)
+        soft.append(Box(area.x0, y - unit, area.x1, y + unit))
     if pareto.gate and pareto.gate.drop_pct is not None:
         _, gate = pixel(0, pareto.gate.drop_pct)
         soft.append(Box(area.x0, gate - unit, area.x1, gate + unit))
-        hard.append(Box(area.x1 - 120 * unit, gate, area.x1, gate + 16 * unit))  # the gate's own name
+        name = 6 * len(style.gate_text(pareto))
+        hard.append(Box(area.x1 - name * unit, gate, area.x1, gate + 16 * unit))  # the gate's own name
     missing = 0
     for drawn, anchor, box in zip(texts, anchors, place(anchors, sizes, hard, soft, bounds, unit), strict=True):
         if box is None:

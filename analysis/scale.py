@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+_LOWEST = 1e-3  # of the reference's rate: what is below (no error seen at all) is drawn here
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -11,12 +13,17 @@ class Scale:
 
     linear_to None: linear. Otherwise linear up to +-linear_to and logarithmic beyond (a unit per decade), so
     that a gate of 1 % and a drop of 300 % fit into one picture without hiding either.
+    rates: values are drops in percent, placed by the logarithm of the rate they make of the reference's (a unit per
+    decade), as error rates are commonly drawn.
     """
 
     linear_to: float | None = None
+    rates: bool = False
 
     def map(self, value: float) -> float:
         """Place of ``value`` on the axis (the value itself on a linear axis)."""
+        if self.rates and math.isfinite(value):
+            return math.log10(max(1 + value / 100, _LOWEST))
         if self.linear_to is None or not math.isfinite(value):
             return value
         size = abs(value) / self.linear_to
@@ -24,6 +31,9 @@ class Scale:
 
     def ticks(self, low: float, high: float, at_most: int = 9) -> list[tuple[float, str]]:
         """Round values within [low, high] (both in the data's unit) with their labels."""
+        if self.rates:
+            shares = round_rates(1 + low / 100, 1 + high / 100, at_most)
+            return [(100 * (share - 1), f"{100 * (share - 1):+g}" if share != 1 else "0") for share, _ in shares]
         if self.linear_to is None:
             return _linear_ticks(low, high, at_most)
         wanted: list[float] = []
@@ -53,8 +63,23 @@ def limits(scale: Scale, values: Sequence[float], pad: float = 0.08) -> tuple[fl
     return low - margin, high + margin
 
 
+def round_rates(low: float, high: float, at_most: int = 9) -> list[tuple[float, str]]:
+    """Round rates within [low, high], both positive, with labels: even steps, or 1, 2, 5 where they span decades."""
+    low = max(low, _LOWEST * high)
+    if high < 5 * low:
+        return _linear_ticks(low, high, at_most)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        wanted = [rate for decade in decades for step in steps if low <= (rate := step * 10.0**decade) <= high]
+        if len(wanted) <= at_most:
+            break
+    return [(rate, f"{rate:g}") for rate in wanted]
+
+
 def unmap(scale: Scale, place: float) -> float:
     """The inverse of ``Scale.map``."""
+    if scale.rates:
+        return 100 * (10**place - 1)
     if scale.linear_to is None:
         return place
     size = abs(place)

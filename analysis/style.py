@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from analysis.labels import short
-from analysis.pareto import Kind, Pareto, Point
-from analysis.scale import Scale, choose, limits, unmap
+from analysis.pareto import Pareto
+from analysis.points import Kind, Point
+from analysis.scale import Scale, choose, limits, round_rates, unmap
 
 INK, MUTED, GRID, GATE, FRONT = "#1a1a1a", "#5f6368", "#e6e8eb", "#7a3b00", "#0072B2"
+BEYOND = "#f0f2f4"  # where nothing can lie
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ FAIL = Mark("misses the gate", "#D55E00", "v", "triangle-down", 8.5, True)
 FAIL_BEATEN = Mark("misses the gate, dominated", "#D55E00", "v", "triangle-down-open", 7, False, 0.75)
 UNJUDGED = Mark("measured", "#009E73", "D", "diamond", 7, True)
 UNJUDGED_BEATEN = Mark("measured, dominated", "#009E73", "D", "diamond-open", 6, False, 0.8)
+OTHER = Mark("other decoders", "#CC79A7", "s", "square", 7, True)
 STOPPED = Mark("stopped early", "#8a8f94", "x", "x-thin-open", 6.5, True, 0.7)
 OPEN = Mark("not finished", "#56606a", "P", "cross", 7, True, 0.8)
 MARKS = (TEACHER, PASS, PASS_BEATEN, FAIL, FAIL_BEATEN, UNJUDGED, UNJUDGED_BEATEN, STOPPED)
@@ -75,38 +78,82 @@ class Axes:
         return unmap(self.y, self.y_range[1])
 
     @property
+    def left(self) -> float:
+        """Left edge in the unit of x."""
+        return unmap(self.x, self.x_range[0])
+
+    @property
     def right(self) -> float:
-        """Right edge in ms."""
+        """Right edge in the unit of x."""
         return unmap(self.x, self.x_range[1])
 
 
 def axes(pareto: Pareto) -> Axes:
-    """Latency on a linear axis; drop too, or logarithmic beyond the gate where drops go far past it."""
+    """Latency on a linear axis; drop too, or logarithmic beyond the gate where drops go far past it, or as rates."""
     limit = pareto.gate.drop_pct if pareto.gate else None
-    y = choose([p.drop.value for p in pareto.points], limit)
+    y = Scale(rates=True) if pareto.rate else choose([p.drop.value for p in pareto.points], limit)
     drops = [value for p in pareto.points for value in (p.drop.value, p.drop.lo, p.drop.hi)]
-    times = [value for p in pareto.points for value in (p.p50.value, p.p50.lo, p.p50.hi)]
+    drops += [other.drop.value for other in pareto.others]
+    times = [value for p in pareto.points for value in (p.x.value, p.x.lo, p.x.hi)]
+    times += [other.x for other in pareto.others if other.x is not None]
     x = Scale()
     left, right = limits(x, times, 0.10)
     y_values = [*drops, 0.0, *([limit] if limit is not None else [])]
     return Axes(x, y, (max(left, 0.0), right), limits(y, y_values))
 
 
-def labelled(pareto: Pareto) -> list[tuple[Point, str]]:
-    """Points and their labels, the most important first: teacher, front, passing, failing, stopped (why)."""
+def y_ticks(pareto: Pareto, axes: Axes) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
+    """(place, label) of the left axis, and of the right one where there is one: rates left, their drops right."""
+    low, high = unmap(axes.y, axes.y_range[0]), axes.top
+    drops = [(axes.y.map(drop), label) for drop, label in axes.y.ticks(low, high)]
+    if not pareto.rate:
+        return drops, []
+    rates = round_rates(pareto.rate * (1 + low / 100), pareto.rate * (1 + high / 100))
+    return [(axes.y.map(100 * (rate / pareto.rate - 1)), label) for rate, label in rates], drops
+
+
+def gate_text(pareto: Pareto) -> str:
+    """The gate in words, with the rate that it stands for where rates are drawn."""
+    if not pareto.gate:
+        return ""
+    limit = pareto.gate.drop_pct
+    rate = f" (LER {pareto.rate * (1 + limit / 100):.3g})" if pareto.rate and limit is not None else ""
+    return f"gate: {pareto.gate.text}{rate}"
+
+
+@dataclass(frozen=True)
+class Label:
+    """A name beside its place: x in its unit, drop in percent. front: on the front, or the teacher."""
+
+    text: str
+    x: float
+    drop: float
+    look: Mark
+    front: bool
+
+
+def labelled(pareto: Pareto, axes: Axes) -> list[Label]:
+    """Names, the most important first: teacher, front, other decoders, passing, failing, stopped (why)."""
     trials = [p for p in pareto.points if p.kind != "teacher"]
     names = dict(zip((id(p) for p in trials), short([p.exp_id for p in trials]), strict=True))
-    rank = {"teacher": 0, "pass": 2, "unjudged": 3, "fail": 4, "stopped": 5, "open": 6}
+    rank = {"teacher": 0, "pass": 3, "unjudged": 4, "fail": 5, "stopped": 6, "open": 7}
 
     def text(point: Point) -> str:
         name = "teacher" if point.kind == "teacher" else names[id(point)]
-        return f"{name} · {point.stop_reason}" if point.stop_reason else name
+        chosen = " (chosen)" if point.exp_id == pareto.chosen else ""
+        return f"{name}{chosen} · {point.stop_reason}" if point.stop_reason else name + chosen
 
     order = sorted(
         pareto.points,
         key=lambda p: (rank[p.kind] if not p.on_front else min(1, rank[p.kind]), p.drop.value, p.exp_id),
     )
-    return [(point, text(point)) for point in order]
+    found = [Label(text(p), p.x.value, p.drop.value, mark(p), p.on_front or p.kind == "teacher") for p in order]
+    first = sum(label.front for label in found)
+    others = [
+        Label(other.name, axes.left if other.x is None else other.x, other.drop.value, OTHER, False)
+        for other in pareto.others
+    ]
+    return [*found[:first], *others, *found[first:]]
 
 
 def kinds(points: Sequence[Point]) -> list[tuple[Mark, list[Point]]]:
@@ -116,23 +163,37 @@ def kinds(points: Sequence[Point]) -> list[tuple[Mark, list[Point]]]:
 
 
 def axis_words(pareto: Pareto) -> tuple[str, str]:
-    """Titles of the two axes, with units and the better direction."""
-    what = f"test drop in {pareto.metric}" if pareto.metric else "test drop"
-    return "◀ faster      p50 latency per pair (ms)", f"◀ better      {what} against the teacher (%)"
+    """Titles of the two axes, with units and the better direction; of rates the right axis has a title of its own."""
+    words, paired = pareto.words, ", by the ratio to the teacher's" if pareto.clock else ""
+    metric = f" in {pareto.metric}" if pareto.metric else ""
+    quality = f"test drop{metric} against the teacher (%)"
+    if pareto.rate:
+        quality = f"test {words.rate}, logical errors per {words.sample}"
+    return f"◀ faster      p50 latency per {words.sample} ({words.time}){paired}", f"◀ better      {quality}"
+
+
+SIDE_TITLE = "drop against the teacher (%)"
 
 
 def footer(pareto: Pareto) -> list[str]:
-    """Caption lines: what was measured on what, hypervolume, and who is left out."""
+    """Caption lines: what was measured on what, how x was found, hypervolume, and who is left out."""
     lines = ["  ·  ".join(pareto.caption)] if pareto.caption else []
+    lines += [pareto.clock] if pareto.clock else []
     if pareto.reference is not None and pareto.hypervolume is not None:
-        x, y = pareto.reference
+        (x, y), unit = pareto.reference, pareto.words.time
         lines.append(
-            f"hypervolume {pareto.hypervolume:.4g} ms·% against the reference ({x:.4g} ms, {y:.3g} %)"
+            f"hypervolume {pareto.hypervolume:.4g} {unit}·% against the reference ({x:.4g} {unit}, {y:.3g} %)"
             + (
-                "  ·  bars: 95 % bootstrap intervals (drop: over test pairs, p50: over rounds)"
+                f"  ·  bars: 95 % bootstrap intervals (drop: over test {pareto.words.samples}, p50: over rounds)"
                 if any(_bars(p) for p in pareto.points)
                 else ""
             )
+        )
+    if pareto.others:
+        timed = any(other.x is not None for other in pareto.others)
+        lines.append(
+            f"other decoders on the same {pareto.words.samples}, placed by their paired ratio to the teacher's rate"
+            + ("; timed from Python, one a call, apart from the trials' rounds" if timed else "; not timed: lines")
         )
     if pareto.left_out:
         shown = [f"{name} ({why})" for name, why in pareto.left_out[:3]]
@@ -142,4 +203,4 @@ def footer(pareto: Pareto) -> list[str]:
 
 
 def _bars(point: Point) -> bool:
-    return point.drop.hi > point.drop.lo or point.p50.hi > point.p50.lo
+    return point.drop.hi > point.drop.lo or point.x.hi > point.x.lo

@@ -5,23 +5,22 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.markup import escape
 from rich.table import Table
 
-from analysis.pareto import UNFINISHED, check_one_workload, is_open, is_stop, load_note, number
+from analysis.pareto import check_one_workload, load_note
+from analysis.points import RATIO, UNFINISHED, is_open, number
 from analysis.store import SweepData
+from analysis.words import PAIRS, Words, words_of
 from trainables.record import InputError
 
-COLUMNS = ("exp_id", "T", "beta", "rho", "epochs", "test drop % [95 %]", "params down %", "p50 ms", "x FP32 torch",
-           "verdict", "stop reason")  # fmt: skip
-_OPTIONAL = {"T": "T", "beta": "beta", "rho": "rho", "params down %": "params_down", "x FP32 torch": "speedup"}
-_LEFT = {"exp_id", "beta", "verdict", "stop reason"}
-FOOT = (
-    "Drop: of the best validated weights on the test pairs against the teacher, with a paired bootstrap 95 % interval. "
-    "Validation pairs alone chose the weights and the best student."
-)
+COLUMNS = ("exp_id", "T", "beta", "rho", "epochs", "test LER", "test drop % [95 %]", "params down %", "p50",
+           "x teacher [95 %]", "x FP32 torch", "verdict", "stop reason")  # fmt: skip
+_OPTIONAL = {"T": "T", "beta": "beta", "rho": "rho", "test LER": "ler", "params down %": "params_down",
+             "x teacher [95 %]": "ratio", "x FP32 torch": "speedup"}  # fmt: skip
+_LEFT, _WRAPPED = {"exp_id", "beta", "verdict", "stop reason"}, {"exp_id", "beta"}
 _STYLES = {"pass": "bold green", "fail": "red", "n/a": "dim"}
 
 
@@ -29,8 +28,9 @@ _STYLES = {"pass": "bold green", "fail": "red", "n/a": "dim"}
 class Row:
     """One line of the table; numbers as measured (drop in percent, p50 in ms), None where there is none.
 
-    params_down (percent) is shown of pruned models, speedup (p50 of the own FP32 form in torch over that of the
-    deployed file) of quantized ones.
+    ler (error rate) is shown of decoders, params_down (percent) of pruned models, speedup (p50 of the own FP32 form in
+    torch over that of the deployed file) of quantized ones. ratio: the teacher's p50 over the own one, in the same
+    runtime and rounds.
     """
 
     exp_id: str
@@ -47,41 +47,48 @@ class Row:
     rho: float | None = None
     params_down: float | None = None
     speedup: float | None = None
+    ratio: float | None = None
+    ratio_lo: float | None = None
+    ratio_hi: float | None = None
+    ler: float | None = None
+    chosen: bool = False
+    words: Words = PAIRS
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of COLUMNS."""
-        drop = "–" if self.drop is None else f"{self.drop:+.2f}"
-        if self.drop is not None and self.drop_lo is not None and self.drop_hi is not None:
-            drop += f" [{self.drop_lo:+.2f}, {self.drop_hi:+.2f}]"
-        reason = self.stop_reason if is_stop(self.stop_reason) else "–"
         return (
-            self.exp_id,
+            f"{self.exp_id} (chosen)" if self.chosen else self.exp_id,
             _text(self.T),
             _text(self.beta),
             _text(self.rho),
             _text(self.epochs),
-            drop,
+            "–" if self.ler is None else f"{self.ler:.5f}",
+            _with_interval("+.2f", self.drop, self.drop_lo, self.drop_hi),
             "–" if self.params_down is None else f"{self.params_down:.1f}",
-            "–" if self.p50_ms is None else f"{self.p50_ms:.2f}",
+            "–" if self.p50_ms is None else f"{self.words.per_ms * self.p50_ms:.{2 if self.words is PAIRS else 1}f}",
+            _with_interval(".2f", self.ratio, self.ratio_lo, self.ratio_hi),
             "–" if self.speedup is None else f"{self.speedup:.2f}",
             self.verdict,
-            reason,
+            self.stop_reason or "–",
         )
 
 
-def rows(records: Iterable[Mapping[str, Any]]) -> list[Row]:
+def rows(records: Iterable[Mapping[str, Any]], chosen: str | None = None) -> list[Row]:
     """Teacher first, then the trials in order. A record is ``Record.to_dict()`` and, where known, ``role``.
+
+    chosen: exp_id of the trial that validation chose.
 
     Raises InputError for records of different workloads.
     """
     records = list(records)
     check_one_workload(records)
     teacher_first = sorted(records, key=lambda record: record.get("role") != "teacher")
-    return [_row(record) for record in teacher_first]
+    return [_row(record, chosen) for record in teacher_first]
 
 
 def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    """One line: workload, teacher, number of test pairs, engine and device, as far as they are known."""
+    """One line: workload, teacher, size of the test, engine and device, as far as they are known."""
+    words = _words(records)
 
     def known(key: str) -> str:
         return " / ".join(dict.fromkeys(str(record[key]) for record in records if record.get(key)))
@@ -94,7 +101,7 @@ def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> 
     parts = [
         f"workload {known('workload_hash') or 'unknown'}",
         f"against {', '.join(teachers) or 'a teacher not measured yet'}",
-        f"{settings['test_pairs']} test pairs" if settings.get("test_pairs") else "",
+        f"{settings[size]} test {words.samples}" if settings.get(size := f"test_{words.samples}") else "",
         f"{known('engine')} on {known('device')}" if known("engine") and known("device") else known("device"),
     ]
     return "  ·  ".join(part for part in parts if part)
@@ -102,12 +109,23 @@ def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> 
 
 def foot(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines below the table: which numbers are of the test and which of the validation, and what to beware of."""
-    warning = load_note(records)
-    return [FOOT, *([f"Beware: {warning}."] if warning else [])]
+    samples, warning = _words(records).samples, load_note(records)
+    lines = [
+        f"Drop: of the best validated weights on the test {samples} against the teacher, with a paired bootstrap 95 % "
+        f"interval. Validation {samples} alone chose the weights and the best student."
+    ]
+    if any(record.get(RATIO) is not None for record in records):
+        lines.append(
+            "x teacher: the deployed teacher's p50 over the trial's, timed in the same alternating rounds; where it "
+            "and p50 disagree about two trials, trust the ratio."
+        )
+    return [*lines, *([f"Beware: {warning}."] if warning else [])]
 
 
-def render(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], sweep: str = "") -> Table:
-    """The table for a terminal; ``settings``: the sweep's settings, for the number of pairs."""
+def render(
+    records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], sweep: str = "", chosen: str | None = None
+) -> Table:
+    """The table for a terminal; ``settings``: the sweep's settings, for the size of the test."""
     table = Table(
         title=escape("  ·  ".join(part for part in (sweep, title(records, settings)) if part)),
         title_justify="left",
@@ -115,11 +133,12 @@ def render(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], sw
         caption=escape("\n".join(foot(records))),
         caption_justify="left",
     )
-    shown = rows(records)
+    shown = rows(records, chosen)
     names = columns(shown)
     for name in names:
-        right = name not in _LEFT
-        table.add_column(escape(name), justify="right" if right else "left", no_wrap=name != "exp_id", overflow="fold")
+        side: Literal["left", "right"] = "left" if name in _LEFT else "right"
+        head = escape(_heading(name, shown))
+        table.add_column(head, justify=side, no_wrap=name not in _WRAPPED, overflow="fold")
     for row in shown:
         cells = {name: escape(cell) for name, cell in zip(COLUMNS, row.cells(), strict=True)}
         if row.verdict in _STYLES:
@@ -134,50 +153,29 @@ def columns(shown: Sequence[Row]) -> list[str]:
     return [name for name in COLUMNS if name not in empty]
 
 
-def markdown(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+def markdown(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], chosen: str | None = None) -> str:
     """The same as GitHub Markdown, ending in a newline."""
-    shown = rows(records)
+    shown = rows(records, chosen)
     names = columns(shown)
-    lines = [title(records, settings), "", "| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    heads = [_heading(name, shown) for name in names]
+    lines = [title(records, settings), "", "| " + " | ".join(heads) + " |", "|" + " --- |" * len(names)]
     for row in shown:
         cells = zip(COLUMNS, row.cells(), strict=True)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for name, cell in cells if name in names) + " |")
     return "\n".join([*lines, "", *foot(records)]) + "\n"
 
 
-def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+def csv_text(records: Sequence[Mapping[str, Any]], chosen: str | None = None) -> str:
     """The same as CSV with full precision; drop and its interval in percent, p50 in ms."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "exp_id",
-            "T",
-            "beta",
-            "epochs",
-            "drop_pct",
-            "drop_lo_pct",
-            "drop_hi_pct",
-            "p50_ms",
-            "verdict",
-            "stop_reason",
-        ]
-    )
-    for r in rows(records):
-        writer.writerow(
-            [
-                r.exp_id,
-                r.T,
-                r.beta,
-                r.epochs,
-                r.drop,
-                r.drop_lo,
-                r.drop_hi,
-                r.p50_ms,
-                r.verdict,
-                r.stop_reason,
-            ]
-        )
+    names = ("exp_id", "T", "beta", "epochs", "ler", "drop", "drop_lo", "drop_hi", "p50_ms", "ratio", "ratio_lo",
+             "ratio_hi", "verdict", "stop_reason", "chosen")  # fmt: skip
+    said = {"drop": "drop_pct", "drop_lo": "drop_lo_pct", "drop_hi": "drop_hi_pct"}
+    said |= {name: name.replace("ratio", RATIO) for name in names if name.startswith("ratio")}
+    writer.writerow([said.get(name, name) for name in names])
+    for row in rows(records, chosen):
+        writer.writerow([getattr(row, name) for name in names])
     return text.getvalue()
 
 
@@ -198,7 +196,7 @@ def records_of(data: SweepData) -> list[dict[str, Any]]:
     return data.trials.to_dicts()
 
 
-def _row(record: Mapping[str, Any]) -> Row:
+def _row(record: Mapping[str, Any], chosen: str | None) -> Row:
     epochs = number(record.get("epochs"))
     beta = record.get("beta")
     return Row(
@@ -216,7 +214,28 @@ def _row(record: Mapping[str, Any]) -> Row:
         rho=number(record.get("rho")),
         params_down=_percent(record.get("params_down")) if record.get("rho") is not None else None,
         speedup=number(record.get("p50_ratio_fp32")) if record.get("bits_w") is not None else None,
+        ratio=number(record.get(RATIO)),
+        ratio_lo=number(record.get(f"{RATIO}_lo")),
+        ratio_hi=number(record.get(f"{RATIO}_hi")),
+        ler=number(record.get("ler")),
+        chosen=chosen is not None and record["exp_id"] == chosen,
+        words=words_of(record.get("domain")),
     )
+
+
+def _words(records: Iterable[Mapping[str, Any]]) -> Words:
+    return words_of(next((record["domain"] for record in records if record.get("domain")), None))
+
+
+def _heading(name: str, shown: Sequence[Row]) -> str:
+    return f"p50 {shown[0].words.time}" if name == "p50" and shown else name
+
+
+def _with_interval(form: str, value: float | None, lo: float | None, hi: float | None) -> str:
+    if value is None:
+        return "–"
+    bounds = "" if lo is None or hi is None or lo == hi else f" [{lo:{form}}, {hi:{form}}]"
+    return f"{value:{form}}{bounds}"
 
 
 def _percent(value: Any) -> float | None:

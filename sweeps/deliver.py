@@ -59,6 +59,8 @@ def write_files(sweep: Sweep, ledger: Ledger, resolved: Resolved) -> Choice:
     files = ledger.folder / "files"
     files.mkdir(exist_ok=True)
     choice = choose(ledger)
+    if sweep.best_files and choice.trial:
+        ledger.append("choice", exp_id=choice.trial.exp_id, why=choice.why)
     wanted = [(trial.saves, trial) for trial in ledger.state.trials.values() if trial.saves]
     wanted += [(name, choice.trial) for name in sweep.best_files if choice.trial]
     for name, trial in wanted:
@@ -159,7 +161,7 @@ def show_table(console: Console, ledger: Ledger) -> None:
 
     header = ledger.state.header
     records = [{**trial.record, "role": trial.role} for trial in ledger.state.trials.values() if trial.record]
-    console.print(table.render(records, header["settings"], str(header["name"])))
+    console.print(table.render(records, header["settings"], str(header["name"]), ledger.state.chosen))
 
 
 def show_times(console: Console, seconds: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from analysis.words import PICTURES
 from engines.errors import InputError
 from sweeps.cluster import cores
 from sweeps.journal import NAME, SweepState
@@ -40,7 +41,7 @@ def show(
     if samples:
         console.print(f"and {samples} trials that Optuna chooses")
     files = [*(trial.saves for trial in planned), *sweep.best_files, sweep.log, *sweep.effect_files, sweep.baseline]
-    files.append("result_table.csv")
+    files += ["result_table.csv", *(PICTURES if sweep.measure and sweep.latency else ())]
     console.print(f"Folder: {folder}", soft_wrap=True)
     console.print(f"Files: {', '.join(name for name in files if name)}", soft_wrap=True)
     trials = sum(trial.role == "trial" for trial in planned) + samples

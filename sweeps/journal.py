@@ -40,6 +40,7 @@ EVENTS: dict[str, frozenset[str]] = {
     "failed": frozenset({"trial_id", "error"}),
     "record": frozenset({"trial_id", "record"}),
     "file": frozenset({"path", "trial_id"}),
+    "choice": frozenset({"exp_id", "why"}),
     "end": frozenset({"status"}),
 }
 
@@ -311,11 +312,14 @@ class TrialState:
 
 @dataclass
 class SweepState:
-    """What the journal says of the sweep. `header` is empty only for a journal cut within its first line."""
+    """What the journal says of the sweep. `header` is empty only for a journal cut within its first line; `chosen` is
+    the exp_id of the best trial, once there is one.
+    """
 
     header: dict[str, Any] = field(default_factory=dict)
     trials: dict[str, TrialState] = field(default_factory=dict)
     files: list[tuple[str, str | None]] = field(default_factory=list)
+    chosen: str | None = None
     ended: str | None = None
 
     @classmethod
@@ -333,6 +337,8 @@ class SweepState:
             self.header = self.header or dict(event)
         elif kind == "resume":
             self.ended = None
+        elif kind == "choice":
+            self.chosen = event["exp_id"]
         elif kind == "end":
             self.ended = event["status"]
         elif kind == "trial":

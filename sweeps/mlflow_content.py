@@ -47,7 +47,7 @@ def tags(state: SweepState, trial: TrialState | None, parent_run: str) -> dict[s
         "mlflow.source.git.commit": header.get("git_commit"),
     }
     if trial is None:
-        shown |= {"role": "sweep"}
+        shown |= {"role": "sweep", "chosen": state.chosen}
     else:
         names = ("trial_id", "exp_id", "task_id", "role", "number")
         shown |= {key: getattr(trial, key) for key in names} | {"mlflow.parentRunId": parent_run}

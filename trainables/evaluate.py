@@ -181,5 +181,5 @@ def _report(job: Job, done: int, total: int) -> None:
     if "report" in job:
         path = Path(job["report"])
         partial_ = path.with_name(f"{path.name}.tmp")
-        partial_.write_text(json.dumps(["pairs of the teacher's outputs", done, total]))
+        partial_.write_text(json.dumps(["samples of the teacher's outputs", done, total]))
         partial_.replace(path)

@@ -7,7 +7,7 @@ import pytest
 
 from analysis import curves
 from analysis.labels import Box, place, short, spread
-from analysis.pareto import Kind
+from analysis.points import Kind
 from analysis.scale import Scale, choose, unmap
 from analysis.store import load
 

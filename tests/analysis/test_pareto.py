@@ -11,7 +11,8 @@ from mlflow.tracking import MlflowClient
 
 from analysis import pareto
 from analysis.__main__ import main
-from analysis.pareto import Interval, Point, compute, gate_of, mark_front, split_at, steps
+from analysis.pareto import compute, gate_of, mark_front, split_at, steps
+from analysis.points import Interval, Point
 from analysis.store import InputError, load
 from trainables.record import EXTRAS, FIELDS
 
@@ -23,7 +24,7 @@ def point(x: float, y: float, kind: str = "pass") -> Point:
 
 
 def beaten(a: Point, b: Point) -> bool:
-    xs, ys = a.p50.value - b.p50.value, a.drop.value - b.drop.value
+    xs, ys = a.x.value - b.x.value, a.drop.value - b.drop.value
     return xs >= 0 and ys >= 0 and (xs > 0 or ys > 0)
 
 
@@ -64,7 +65,7 @@ def test_points_have_kinds_units_and_intervals(uri: str) -> None:
     }
     passed = by_name["K_T3B05_run1"]
     assert (passed.drop.value, passed.drop.lo, passed.drop.hi) == pytest.approx((0.8, 0.2, 1.4))
-    assert passed.p50 == Interval(20.0, 19.7, 20.4)
+    assert passed.x == Interval(20.0, 19.7, 20.4)
     assert by_name["K_T3B05_sched_run1"].stop_reason == "stop_loss" and passed.stop_reason is None
     assert found.gate is not None and found.gate.drop_pct == pytest.approx(1.0)
     assert "1 of 3 trials meet the gate" in found.headline and "1 stopped early" in found.headline

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from analysis import curves, pareto, table
 from analysis.__main__ import main
+from analysis.points import RATIO
 from analysis.store import InputError, load
 from trainables.record import Record
 
@@ -41,7 +42,7 @@ def test_the_teacher_stands_first_and_missing_numbers_are_dashes() -> None:
     bare = record("K_a_run1", drop=None, drop_lo=None, drop_hi=None, t_pair_p50_ms=None, T=None, verdict=None)
     rows = table.rows(dicts([bare, teacher()]))
     assert [row.exp_id for row in rows] == ["K_teacher_run1", "K_a_run1"]
-    assert rows[1].cells() == ("K_a_run1", "–", "0.5", "–", "30", *["–"] * 6)
+    assert rows[1].cells() == ("K_a_run1", "–", "0.5", "–", "30", *["–"] * 7, "completed")
 
 
 def test_markup_in_a_name_stays_text() -> None:
@@ -57,9 +58,13 @@ def test_csv_keeps_full_precision() -> None:
 
 
 def test_markdown_is_a_table() -> None:
-    lines = table.markdown(dicts([r for r, _ in three()]), SETTINGS).splitlines()
+    records = dicts([r for r, _ in three()])
+    lines = table.markdown(records, SETTINGS).splitlines()
     assert "2048 test pairs" in lines[0]
-    assert len({line.count("|") for line in lines[2:8]}) == 1 and lines[8:] == ["", table.FOOT]
+    assert len({line.count("|") for line in lines[2:8]}) == 1 and lines[8:] == [
+        "",
+        *table.foot(records),
+    ]
 
 
 def test_different_workloads_are_refused() -> None:
@@ -128,6 +133,22 @@ def test_an_interrupted_sweep_is_said_to_be_one_in_the_plans_order(
 def test_command_line_with_an_unwritable_file(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", "--tracking-uri", uri, "--sweep", "three", "--csv", "/nowhere/at/all.csv"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_decoders_have_shots_microseconds_and_error_rates() -> None:
+    decoder = record(
+        "AQ1_KD_run1",
+        domain="alphaqubit",
+        t_pair_p50_ms=0.3891,
+        extra={"ler": 0.0236, RATIO: 1.45, f"{RATIO}_lo": 1.4, f"{RATIO}_hi": 1.5},
+    )
+    text = table.markdown(dicts([decoder]), {"test_shots": "40000"}, chosen="AQ1_KD_run1")
+    assert "40000 test shots" in text and "on the test shots" in text and "pairs" not in text
+    assert "| test LER |" in text and "| p50 µs |" in text and "| x teacher [95 %] |" in text
+    assert "| AQ1_KD_run1 (chosen) |" in text and "| 0.02360 |" in text and "| 389.1 | 1.45 [1.40, 1.50] |" in text
+    assert text.count("completed") == 1
+    (row,) = csv.DictReader(io.StringIO(table.csv_text(dicts([decoder]), "AQ1_KD_run1")))
+    assert float(row["p50_ms"]) == 0.3891 and float(row[RATIO]) == 1.45 and row["chosen"] == "True"
 
 
 def test_a_stage_has_its_own_columns_and_no_empty_ones():

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from sweeps import mlflow_content
 from sweeps.deliver import choose
+from sweeps.journal import NAME, SweepState
 from sweeps.ledger import Ledger
 
 
@@ -32,6 +34,16 @@ def test_validation_alone_chooses_the_student(tmp_path: Path) -> None:
     assert choice.why == (
         "best: it has the lowest validation drop of 2 trials, 0.50 %; its verdict on the test split is fail"
     )
+
+
+def test_the_choice_is_a_tag_of_the_sweeps_run_and_the_last_one_counts(tmp_path: Path) -> None:
+    ledger = a_sweep(tmp_path, a=([0.02], "pass"), b=([0.01], "pass"))
+    assert "chosen" not in mlflow_content.tags(ledger.state, None, "")
+    for name in ("a", "b"):
+        ledger.append("choice", exp_id=name, why="the lowest validation drop")
+    state = SweepState.replay(tmp_path / "s" / NAME)
+    assert state.chosen == "b" and mlflow_content.tags(state, None, "")["chosen"] == "b"
+    assert "chosen" not in mlflow_content.tags(state, state.trials["b"], "")
 
 
 def test_without_weights_there_is_no_choice(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_preparing_leaves_trials_nothing_to_wait_for(tiny, rendered, tmp_path):
     job = tiny.job(train_samples=40)
     job["report"] = str(tmp_path / "report")
     evaluate.prepare(job)
-    assert json.loads(Path(job["report"]).read_text()) == ["pairs of the teacher's outputs", 40, 40]
+    assert json.loads(Path(job["report"]).read_text()) == ["samples of the teacher's outputs", 40, 40]
     cache = Path(job["cache_dir"])
     assert len(list(cache.glob("teacher_val_*.npz"))) == 1 and not list(cache.glob("teacher_test_*"))
     assert len(list(cache.glob("*/done.json"))) == 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import cycle
 
 import numpy as np
 from scipy import stats
 from torch import Tensor
 
 from engines.errors import InputError
+from engines.latency import measure
 from trainables.alphaqubit import matching
 from trainables.alphaqubit.decisions import label_flips
 from trainables.alphaqubit.layout import layout_of
@@ -76,6 +78,24 @@ def measures(
         label, right = shots["label"][:, 0].numpy(), np.exp(-own["nll"].double().numpy()).clip(0, 1)
         found["ece"] = expected_calibration_error(np.where(label == 1, right, 1 - right), label)
     return found
+
+
+def pace(experiment: Experiment, shots: Batch, warmup: int, repeats: int, seed: int) -> dict[str, float]:
+    """us_per_shot_matching and _correlated: median microseconds of PyMatching from Python, one of `shots` a call.
+
+    The two take turns within each round, apart from the model's own timing; all shots are run through in turn.
+    """
+    circuit = experiment.circuit()
+    events = layout_of(circuit).to_flat(shots["events"].numpy()).astype(np.uint8)
+    decoders = {name: matching.single(circuit, name == "pymatching_correlated") for name in FAST}
+    calls = {name: _next_shot(decode, events) for name, decode in decoders.items()}
+    times = measure(calls, warmup, repeats, seed)
+    return {f"us_per_shot_{NAMES[name]}": 1000 * float(np.median(values)) for name, values in times.items()}
+
+
+def _next_shot(decode: Callable[[np.ndarray], np.ndarray], events: np.ndarray) -> Callable[[], object]:
+    turn = cycle(events)
+    return lambda: decode(next(turn))
 
 
 def _named(name: str, values: Sequence[float] | None) -> dict[str, float]:

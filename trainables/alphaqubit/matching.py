@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pymatching
@@ -48,12 +48,21 @@ def decode(name: str, source: Source, events: np.ndarray) -> np.ndarray:
     return _DECODERS[name](source, np.ascontiguousarray(events, dtype=np.uint8)).astype(np.uint8)
 
 
+def single(source: Source, correlated: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """PyMatching for one shot a call: events (D,) uint8 -> predicted flips (K,). The graph is built here, once."""
+    graph = _graph(source, correlated)
+    return lambda events: np.asarray(graph.decode(events, enable_correlations=correlated))
+
+
 def _matching(source: Source, events: np.ndarray, correlated: bool) -> np.ndarray:
+    return np.asarray(_graph(source, correlated).decode_batch(events, enable_correlations=correlated))
+
+
+def _graph(source: Source, correlated: bool) -> Any:
     dem = source.detector_error_model(decompose_errors=True) if isinstance(source, stim.Circuit) else source
     _check_graph(dem)
     # Correlations take effect only where both the graph and the decoding ask for them.
-    graph = pymatching.Matching.from_detector_error_model(dem, enable_correlations=correlated)
-    return np.asarray(graph.decode_batch(events, enable_correlations=correlated))
+    return pymatching.Matching.from_detector_error_model(dem, enable_correlations=correlated)
 
 
 def _check_graph(dem: stim.DetectorErrorModel) -> None:

@@ -37,6 +37,15 @@ def test_plain_and_correlated_differ_and_take_a_dem(shots):
     assert 0 < (plain != correlated).mean() < 0.1
 
 
+@pytest.mark.parametrize("correlated", [False, True])
+def test_one_shot_a_call_decides_as_all_at_once(shots, correlated):
+    circuit, events, _ = shots
+    decode = matching.single(circuit, correlated)
+    found = np.stack([decode(row.astype(np.uint8)) for row in events[:300]])
+    name = "pymatching_correlated" if correlated else "pymatching"
+    assert np.array_equal(found, matching.decode(name, circuit, events[:300]))
+
+
 def test_events_of_the_grid_are_the_same_events(shots):
     circuit, events, _ = shots
     placement = layout_of(circuit)
