@@ -1,6 +1,6 @@
 """AQ-0, the teacher: train a decoder from scratch on simulated shots; the result ships with the package.
 
-python sweeps/aq_pretrain.py                      # the shipped teacher: distance 3, a quarter of an hour of one core
+python sweeps/aq_pretrain.py                      # the shipped teacher: distance 3, about an hour of one core
 python sweeps/aq_pretrain.py --profile demo       # a minute, to see that it runs
 python sweeps/aq_pretrain.py --set distance=5     # another code
 python sweeps/aq_pretrain.py --set size=sycamore  # another size of sweeps/settings/alphaqubit.yaml
