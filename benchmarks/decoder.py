@@ -20,7 +20,7 @@ import numpy as np
 import pymatching
 import torch
 
-from engines.errors import InputError
+from engines.errors import InputError, command_line
 from engines.export import export_onnx
 from engines.latency import environment, interleaved
 from engines.runtimes import OnnxRuntime
@@ -106,7 +106,8 @@ def said(found: tuple[float, float, float] | None) -> str:
     return f"{found[0]:.3f} [{found[1]:.3f}, {found[2]:.3f}]" if found else "no error to compare"
 
 
-def main() -> int:
+@command_line
+def main(arguments: list[str] | None = None) -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=SHIPPED, help="a decoder's file (default: the shipped one)")
@@ -115,26 +116,21 @@ def main() -> int:
     parser.add_argument("--p", type=float, nargs="+", default=[0.005, 0.01], help="default: %(default)s")
     parser.add_argument("--shots", type=int, default=200000, help="per p, 0 = no rates (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=300, help="timed rounds, 0 = no times (default: %(default)s)")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    try:
-        paths = {"teacher": given.teacher, **({"student": given.student} if given.student else {})}
-        models = {name: read(path).eval() for name, path in paths.items()}
-        first, *others = models.values()
-        for other in others:
-            if any(other.config[key] != first.config[key] for key in ("distance", "basis", "outputs")):
-                raise InputError(f"{given.student}: of another experiment than {given.teacher}: give two of one")
-        experiments = [experiment_of(first, given.rounds, p, "uniform") for p in given.p]
-        if given.repeats:
-            print(", ".join(f"{key}={value}" for key, value in environment().items() if value is not None))
-            print(times(models, experiments[0], given.repeats))
-        if given.shots:
-            for experiment in experiments:
-                print(rates(models, experiment, given.shots))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    paths = {"teacher": given.teacher, **({"student": given.student} if given.student else {})}
+    models = {name: read(path).eval() for name, path in paths.items()}
+    first, *others = models.values()
+    for other in others:
+        if any(other.config[key] != first.config[key] for key in ("distance", "basis", "outputs")):
+            raise InputError(f"{given.student}: of another experiment than {given.teacher}: give two of one")
+    experiments = [experiment_of(first, given.rounds, p, "uniform") for p in given.p]
+    if given.repeats:
+        print(", ".join(f"{key}={value}" for key, value in environment().items() if value is not None))
+        print(times(models, experiments[0], given.repeats))
+    if given.shots:
+        for experiment in experiments:
+            print(rates(models, experiment, given.shots))
 
 
 if __name__ == "__main__":

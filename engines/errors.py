@@ -1,4 +1,8 @@
-"""The one error that a user's input can cause."""
+"""The one error that a user's input can cause, and how a command line ends with it."""
+
+import functools
+import sys
+from collections.abc import Callable
 
 
 class InputError(ValueError):
@@ -8,3 +12,18 @@ class InputError(ValueError):
     it as ``error: <message>`` and exit with code 2; everything else that is raised is a defect and keeps
     its traceback.
     """
+
+
+def command_line(body: Callable[[list[str] | None], None]) -> Callable[..., int]:
+    """A command line whose body takes the arguments (None: the process's own): returns its exit code."""
+
+    @functools.wraps(body)
+    def run(arguments: list[str] | None = None) -> int:
+        try:
+            body(arguments)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    return run

@@ -19,6 +19,9 @@ from trainables.schedules import Schedule
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Even = Annotated[int, Field(ge=2, multiple_of=2)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Settings(BaseModel):
@@ -85,22 +88,43 @@ def absolute(model: str) -> str:
     return model if model in WORDS else str(Path(model).expanduser().absolute())
 
 
-class TrainingSettings(Settings):
+def _weight(value: Any) -> Any:
+    schedule = Schedule.from_data(value)
+    if min(schedule.values) < 0:
+        raise ValueError(f"weights {list(schedule.values)} of the schedule must be 0 or more")
+    return schedule.to_data()
+
+
+Weight = Annotated[Any, AfterValidator(_weight)]  # of a loss term: a number or a schedule
+
+
+class LearningSettings(Settings):
+    """How long anything is trained, and by which optimiser."""
+
+    epochs: Count = 20
+    samples_per_epoch: Count = 40960
+    batch_size: Count = 256
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    lr: Positive = 3e-3
+    lr_end: float = Field(0.01, ge=0, le=1)
+    lr_warmup: float = Field(0.03, ge=0, lt=1)
+    weight_decay: NotNegative = 1e-5
+
+
+class TrainingSettings(LearningSettings):
     """How a model is trained on the task and on its teacher's outputs; a trial overrides the keys that it searches."""
 
     teacher: Annotated[str, AfterValidator(absolute)] = "shipped"
     epochs: Count = 30
     samples_per_epoch: Count = 1536
     train_samples: Count = 20480
-    batch_size: int = Field(32, ge=2, multiple_of=2)  # both directions of a pair of images
+    batch_size: Even = 32  # both directions of a pair of images
     optimizer: Literal["muon", "adamw"] = "muon"
-    lr: float = Field(2e-3, gt=0)
-    lr_end: float = Field(0.01, ge=0, le=1)
-    lr_warmup: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
-    alpha: float = Field(1.0, ge=0)
-    T: float = Field(3.0, gt=0)
-    beta: Any = 0.5
+    lr: Positive = 2e-3
+    weight_decay: NotNegative = 0.01
+    alpha: NotNegative = 1.0
+    T: Positive = 3.0
+    beta: Weight = 0.5
     grace: Count = 3
     patience: Count = 3
     eta: int = Field(3, ge=2)
@@ -113,19 +137,11 @@ class TrainingSettings(Settings):
                 raise ValueError(f"batch_size={self.batch_size} is larger than {name}={getattr(self, name)}")
         return self
 
-    @field_validator("beta")
-    @classmethod
-    def _schedule(cls, value: Any) -> Any:
-        schedule = Schedule.from_data(value)
-        if min(schedule.values) < 0:
-            raise ValueError(f"weights {list(schedule.values)} of the schedule must be 0 or more")
-        return schedule.to_data()
-
 
 class DistillSettings(TrainingSettings):
     """How one student is made from the teacher."""
 
-    gamma: float = Field(0.0, ge=0)
+    gamma: NotNegative = 0.0
     depth: Ratio = 0.7
     dec_depth: Ratio | None = None
     heads: Ratio = 0.7
@@ -147,7 +163,7 @@ class QuantSettings(TrainingSettings):
     reduce_range: bool | None = None
     skip_slower: bool = False
     qat_share: Ratio = 1 / 3
-    qat_lr: float = Field(2e-4, gt=0)
+    qat_lr: Positive = 2e-4
     frozen_share: float = Field(0.15, ge=0, le=1)
 
     @property
@@ -167,7 +183,7 @@ class QuantSettings(TrainingSettings):
 class Dust3rQuantSettings(QuantSettings):
     """DUSt3R's: training may also follow the teacher's hidden states."""
 
-    gamma: float = Field(0.0, ge=0)
+    gamma: NotNegative = 0.0
 
 
 class PruneSettings(TrainingSettings):
@@ -177,7 +193,7 @@ class PruneSettings(TrainingSettings):
     """
 
     epochs: Count = 12
-    lr: float = Field(1e-4, gt=0)
+    lr: Positive = 1e-4
     rho: float = Field(0.3, gt=0, lt=1)
     steps: Count = 1
 
@@ -212,24 +228,22 @@ class PruneSettings(TrainingSettings):
 class Dust3rPruneSettings(PruneSettings):
     """DUSt3R's groups, and where in a group what leaves is taken from."""
 
-    enc_heads: float = Field(1.0, ge=0)
-    enc_ffn: float = Field(1.0, ge=0)
-    dec_heads: float = Field(1.0, ge=0)
-    dec_ffn: float = Field(1.0, ge=0)
-    residual: float = Field(0.0, ge=0)
+    enc_heads: NotNegative = 1.0
+    enc_ffn: NotNegative = 1.0
+    dec_heads: NotNegative = 1.0
+    dec_ffn: NotNegative = 1.0
+    residual: NotNegative = 0.0
     ratios: Literal["uniform", "sensitivity"] = "uniform"
 
     GROUPS = ("enc_heads", "enc_ffn", "dec_heads", "dec_ffn", "residual")
 
 
-class PretrainSettings(Settings):
+class PretrainSettings(LearningSettings):
     """How a small teacher is trained from scratch."""
 
     epochs: Count = 48
     samples_per_epoch: Count = 4096
-    batch_size: int = Field(32, ge=2, multiple_of=2)
+    batch_size: Even = 32
     optimizer: Literal["muon", "adamw"] = "muon"
-    lr: float = Field(2e-3, gt=0)
-    lr_end: float = Field(0.01, ge=0, le=1)
-    lr_warmup: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.05, ge=0)
+    lr: Positive = 2e-3
+    weight_decay: NotNegative = 0.05

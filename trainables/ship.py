@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from engines.errors import InputError
+from engines.errors import InputError, command_line
 from trainables import checkpoint
 from trainables.domain import make_domain
 
@@ -84,19 +84,19 @@ def _found(files: Path) -> tuple[dict[str, Any], Path]:
     return json.loads(logs[0].read_text()), weights[0]
 
 
-def main() -> None:
+@command_line
+def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the sweep's folder")
     parser.add_argument("--note", default="", help="a sentence for the card")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
         card = ship(given.folder, note=given.note)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        raise InputError(str(error)) from None
     print(json.dumps({**card["metrics"], "beside": card["beside"]}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engines.errors import InputError
 from trainables import checkpoint
+from trainables.alphaqubit.layout import BOTH, Placement
 from trainables.alphaqubit.model import Decoder, build
 from trainables.alphaqubit.sampler import CLASSES
 
@@ -31,6 +32,31 @@ def read(path: Path) -> Decoder:
     return model
 
 
+def fitted(model: Decoder, placement: Placement, observables: int) -> Placement:
+    """Where a circuit's detectors go for this decoder; InputError, without a subject, where it cannot decode them.
+
+    A decoder of one basis decodes a memory of the other as well, by the code's own symmetry, though less well where the
+    circuit has not that symmetry: see :meth:`~trainables.alphaqubit.layout.Placement.exchanged`.
+    """
+    layout, config = placement.layout, model.config
+    both = BOTH in (layout.basis, config["basis"])
+    for key, theirs in (("distance", layout.distance), *([("basis", layout.basis)] if both else [])):
+        if config[key] != theirs:
+            # No setting says basis=XZ: it is what the outputs xz and ixyz have.
+            wanted = f"{key}={theirs}" if key == "distance" else f"outputs={'xz' if theirs == BOTH else 'observable'}"
+            raise InputError(
+                f"the circuit is of {key}={theirs}, the decoder of {key}={config[key]}: train one for it (python "
+                f"sweeps/aq_pretrain.py --set {wanted}) or give another circuit"
+            )
+    expected = 1 if config["outputs"] == "observable" else 2
+    if observables != expected:
+        raise InputError(
+            f"the circuit has {observables} observables, the decoder with outputs={config['outputs']} predicts "
+            f"{expected}: keep as many in the circuit"
+        )
+    return placement if layout.basis == config["basis"] else placement.exchanged()
+
+
 @torch.no_grad()
 def logits(model: nn.Module, events: Tensor, measurements: Tensor) -> Tensor:
     """(N, K) float32 on the CPU from bits (N, R + 1, S), a chunk of shots at a time."""
@@ -47,6 +73,13 @@ def flips(logits: Tensor, outputs: str) -> np.ndarray:
     if outputs == "ixyz":
         return np.asarray(_FLIPS[logits.argmax(1).numpy()])
     return np.asarray((logits > 0).numpy().astype(np.uint8))
+
+
+def decode(model: Decoder, placement: Placement, flat: np.ndarray) -> np.ndarray:
+    """:func:`flips` from detection events (N, D) in a circuit's order; placement: of :func:`fitted`."""
+    grid = placement.to_grid(flat)
+    bits = (torch.from_numpy(part) for part in (grid, placement.measurements(grid)))
+    return flips(logits(model, *bits), model.config["outputs"])
 
 
 def label_flips(label: Tensor, outputs: str) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Readers of the surface-code data that Google published: the Sycamore and the Willow folders.
+"""Surface-code data that Google published, the Sycamore and the Willow folders: read, and decoded.
+
+python -m trainables.alphaqubit.google FOLDER                       # one experiment, or all below a folder
+python -m trainables.alphaqubit.google FOLDER DECODER.pth --rounds 13 --basis X
 
 Sycamore (Zenodo 6804040): surface_code_b{X|Z}_d{d}_r{rounds}_center_{row}_{column}/ with properties.yml, *.b8 and *.01.
 Willow (Zenodo 13273331): d{d}_at_q{row}_{column}/{X|Z}/r{rounds}/ with metadata.json, *.b8 and decoding_results/. The
@@ -10,19 +13,26 @@ circuit_ideal.stim. Nothing in these files is executed or unpickled.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import stim
+import torch
 import yaml
 
-from engines.errors import InputError
+from engines.errors import InputError, command_line
+from trainables.alphaqubit import decisions, matching
+from trainables.alphaqubit.compare import FAST, binomial
 from trainables.alphaqubit.layout import Placement, layout_of
+from trainables.alphaqubit.model import Decoder
 
 _SYCAMORE = re.compile(r"surface_code_b(?P<basis>[XZ])_d(?P<distance>\d+)_r(?P<rounds>\d+)_center_\d+_\d+")
 _WILLOW = re.compile(r"d(?P<distance>\d+)_at_q\d+_\d+/(?P<basis>[XZ])/r(?P<rounds>\d+)")
@@ -59,7 +69,7 @@ class Recorded:
 def find(
     root: Path, distance: int | None = None, basis: str | None = None, rounds: int | None = None
 ) -> tuple[Path, ...]:
-    """Folders of experiments under root, sorted by name, those asked for. InputError where there are none."""
+    """Folders of experiments, root itself or below it, sorted by name, those asked for. InputError for none."""
     if not root.is_dir():
         raise InputError(f"{root} is no folder: give the one that the data set was unpacked into")
     found = []
@@ -253,3 +263,66 @@ def _willow(
             dems[path.name] = _dem(path / "error_model.dem", circuit)
         predictions[path.name] = _b8(path / "obs_flips_predicted.b8", 1, shots)
     return predictions, dems
+
+
+def table(data: Recorded, model: Decoder | None = None) -> str:
+    """What is known of an experiment, and a line per decoder with its logical error rate (LER) and 95 % interval.
+
+    Matching on every error model of the folder, or on its noisy circuit; predictions that came with the data; `model`.
+    A decoder that cannot decode it has a line that says why.
+    """
+    shots, placement = len(data.flat), data.placement
+    sources: Mapping[str, matching.Source] = data.dems or ({"noisy circuit": data.noisy} if data.noisy else {})
+    decoders: dict[str, Callable[[], np.ndarray]] = {
+        f"{name} on {where}": partial(matching.decode, name, source, data.flat)
+        for where, source in sources.items()
+        for name in FAST
+    }
+    decoders |= {f"{name}, as shipped": partial(np.asarray, value) for name, value in data.predictions.items()}
+    if model is not None:
+        decoders["the decoder given"] = partial(_decoded, model, data)
+    layout = placement.layout
+    lines = [
+        f"{data.folder.name if data.source == 'sycamore' else '/'.join(data.folder.parts[-3:])}: {data.source}, "
+        f"distance {layout.distance}, rounds {placement.rounds}, basis {data.basis}, {shots} shots"
+    ]
+    if not sources:
+        lines.append("  no error model and no noisy circuit: matching cannot decode it")
+    width = max(map(len, decoders), default=0)
+    for name, decode in decoders.items():
+        try:
+            wrong = int((decode() != data.label).any(1).sum())
+        except ValueError as error:  # InputError, and stim's where a circuit has errors that cannot be decomposed
+            lines.append(f"  {name:{width}}  cannot decode it: {' '.join(str(error).split())[:200]}")
+            continue
+        low, high = binomial(wrong, shots)
+        lines.append(f"  {name:{width}}  LER {wrong / shots:.5f} [{low:.5f}, {high:.5f}]")
+    return "\n".join(lines)
+
+
+def _decoded(model: Decoder, data: Recorded) -> np.ndarray:
+    return decisions.decode(model, decisions.fitted(model, data.placement, 1), data.flat)
+
+
+@command_line
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainables.alphaqubit.google", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("folder", type=Path, help="of an experiment, or one that holds several")
+    parser.add_argument("weights", type=Path, nargs="?", help="also decode with the decoder of this file")
+    parser.add_argument("--distance", type=int, help="experiments of this distance only")
+    parser.add_argument("--basis", choices=("X", "Z"), help="of this basis only")
+    parser.add_argument("--rounds", type=int, help="of so many rounds only")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    model = decisions.read(given.weights).eval() if given.weights else None
+    own = any((given.folder / name).is_file() for name in (_PROPERTIES, _METADATA))  # whatever it is called
+    for folder in [given.folder] if own else find(given.folder, given.distance, given.basis, given.rounds):
+        print(table(read(folder), model), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -75,6 +75,21 @@ class Placement:
         outcomes[:, -1, ~self.layout.on_basis] = 0
         return outcomes
 
+    def exchanged(self) -> Placement:
+        """The detectors of a memory experiment as if they were those of the other basis: the code turned by 90 degrees.
+
+        The turn (i, j) -> (j, d - i) maps the grid onto itself, X stabilizers onto Z stabilizers and back, and the X
+        observable's columns of data qubits onto the Z observable's rows. It is a symmetry of the code, and not of
+        stim's circuits: turned, the order in which an X stabilizer touches its data qubits is not that of a Z
+        stabilizer, so that errors between two of these gates show elsewhere, and no turn or reflection mends that. At
+        distance 3 and p = .005, 88 % of the error model's probability is common to both bases.
+        """
+        layout = self.layout
+        known = {(int(i), int(j)): slot for slot, (i, j) in enumerate(layout.cells)}
+        slots = np.array([known[i, j] for i, j in _quarter_turn(layout.cells, layout.distance).tolist()])
+        other = rotated(layout.distance, "Z" if layout.basis == "X" else "X")
+        return Placement(other, self.rounds, self.layer, slots[self.slot])
+
 
 def grid_cells(distance: int) -> np.ndarray:
     """(d^2 - 1, 2) int64: the stabilizers of a distance-d code by row and column, sorted."""
@@ -93,6 +108,11 @@ def rotated(distance: int, basis: str) -> Layout:
         raise InputError(f"basis={basis!r}: expected 'X', 'Z' or '{BOTH}'")
     cells = grid_cells(distance)
     return Layout(distance, basis, cells, _on_basis(cells, basis))
+
+
+def _quarter_turn(cells: np.ndarray, distance: int) -> np.ndarray:
+    """(n, 2) cells after a turn by 90 degrees, which swaps X and Z stabilizers (d is odd)."""
+    return np.stack([cells[:, 1], distance - cells[:, 0]], 1)
 
 
 def _on_basis(cells: np.ndarray, basis: str) -> np.ndarray:
@@ -158,7 +178,7 @@ def _place(points: np.ndarray, turned: bool, basis: str | None) -> Placement | N
     if basis is not None and found != basis:
         if not turned or found == BOTH:
             raise InputError(f"basis={basis} but the detectors are of basis {found}: give the basis of the experiment")
-        cells = np.stack([cells[:, 1], distance - cells[:, 0]], 1)
+        cells = _quarter_turn(cells, distance)
         found = basis
     layout = rotated(distance, found)
     on = layout.on_basis

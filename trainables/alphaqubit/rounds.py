@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engines.errors import InputError
+from engines.errors import command_line
 from trainables.alphaqubit import compare, exact, sinter_csv
 from trainables.alphaqubit.decisions import SHIPPED, flips, label_flips, logits, read
 from trainables.alphaqubit.layout import BOTH, layout_of
@@ -98,8 +98,9 @@ def table(rows: Sequence[Counted], found: dict[str, RoundFit]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for bad input."""
+@command_line
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m trainables.alphaqubit.rounds", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -113,23 +114,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, help="also append the counts to this file, in sinter's format")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    try:
-        model = read(given.weights).eval()
-        compare.check_rounds(given.rounds)
-        experiments = [experiment_of(model, n, given.p, given.noise) for n in dict.fromkeys(given.rounds)]
-        rows = [row for one in experiments for row in count(model, one, given.shots, given.seed)]
-        print(table(rows, fits(rows, given.seed)))
-        if given.csv:
-            own = {"decoder": given.weights.stem}
-            lines = [
-                sinter_csv.stats(r.experiment, own.get(r.decoder, r.decoder), r.shots, r.errors, r.seconds)
-                for r in rows
-            ]
-            sinter_csv.append(given.csv, lines)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    model = read(given.weights).eval()
+    compare.check_rounds(given.rounds)
+    experiments = [experiment_of(model, n, given.p, given.noise) for n in dict.fromkeys(given.rounds)]
+    rows = [row for one in experiments for row in count(model, one, given.shots, given.seed)]
+    print(table(rows, fits(rows, given.seed)))
+    if given.csv:
+        own = {"decoder": given.weights.stem}
+        lines = [
+            sinter_csv.stats(r.experiment, own.get(r.decoder, r.decoder), r.shots, r.errors, r.seconds) for r in rows
+        ]
+        sinter_csv.append(given.csv, lines)
 
 
 if __name__ == "__main__":

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from engines.errors import InputError
 from trainables.alphaqubit.config import PARTS, Config
 from trainables.alphaqubit.sampler import Experiment
-from trainables.config import Count, PruneSettings, QuantSettings, Settings, TrainingSettings, Workload, absolute
+from trainables.config import (
+    Count,
+    LearningSettings,
+    NotNegative,
+    Positive,
+    PruneSettings,
+    QuantSettings,
+    Settings,
+    TrainingSettings,
+    Weight,
+    Workload,
+    absolute,
+)
 from trainables.schedules import Schedule
 
 Rate = Annotated[float, Field(gt=0, lt=0.5)]
 Depth = Annotated[int, Field(ge=0)]
 Dilations = Annotated[tuple[Count, ...], Field(min_length=1)]
 SIGNALS = ("beta", "transformer", "rnn", "readout", "fused")  # settings that are the weight of a distillation signal
-
-
-def _weights(value: Any) -> Any:
-    schedule = Schedule.from_data(value)
-    if min(schedule.values) < 0:
-        raise ValueError(f"weights {list(schedule.values)} of the schedule must be 0 or more")
-    return schedule.to_data()
 
 
 class DecoderWorkload(Workload):
@@ -98,35 +103,23 @@ class DecoderSizes(Settings):
         return Config(**{**data, "dilations": far if far and distance >= 5 else data["dilations"]})
 
 
-class DecoderPretrainSettings(Settings):
+class DecoderPretrainSettings(LearningSettings):
     """How a decoder is trained from scratch."""
 
-    epochs: Count = 20
     samples_per_epoch: Count = 102400
-    batch_size: Count = 256
-    optimizer: Literal["muon", "adamw"] = "adamw"
-    lr: float = Field(6e-3, gt=0)
-    lr_end: float = Field(0.01, ge=0, le=1)
-    lr_warmup: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(1e-5, ge=0)
+    lr: Positive = 6e-3
     train_p: Rate = 0.01
-    rounds_weight: float = Field(0.0, ge=0)
-    next_weight: float = Field(0.0, ge=0)
+    rounds_weight: NotNegative = 0.0
+    next_weight: NotNegative = 0.0
 
 
-class DecoderFusionSettings(Settings):
+class DecoderFusionSettings(LearningSettings):
     """How the probes that fuse a teacher's logits are trained."""
 
     teacher: Annotated[str, AfterValidator(absolute)] = "shipped"
     fusion_weights: tuple[float, float, float] = (1, 1, 1)
     epochs: Count = 5
-    samples_per_epoch: Count = 40960
-    batch_size: Count = 256
-    optimizer: Literal["muon", "adamw"] = "adamw"
-    lr: float = Field(3e-3, gt=0)
-    lr_end: float = Field(0.01, ge=0, le=1)
-    lr_warmup: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: NotNegative = 1e-4
     train_p: Rate = 0.01
 
     @field_validator("fusion_weights")
@@ -146,9 +139,9 @@ class DecoderQuantSettings(QuantSettings):
 class DecoderPruneSettings(PruneSettings):
     """How a decoder is pruned and fine-tuned."""
 
-    heads: float = Field(1.0, ge=0)
-    hidden: float = Field(1.0, ge=0)
-    conv: float = Field(1.0, ge=0)
+    heads: NotNegative = 1.0
+    hidden: NotNegative = 1.0
+    conv: NotNegative = 1.0
     train_p: Rate = 0.01
 
     GROUPS = PARTS
@@ -160,16 +153,11 @@ class DecoderSettings(TrainingSettings):
     model: Annotated[str, AfterValidator(absolute)] = "scratch"
     fusion: Annotated[str, AfterValidator(absolute)] = "none"
     train_p: Rate = 0.01
-    rounds_weight: float = Field(0.0, ge=0)
-    transformer: Any = 0.0
-    rnn: Any = 0.0
-    readout: Any = 0.0
-    fused: Any = 0.0
-
-    @field_validator("transformer", "rnn", "readout", "fused")
-    @classmethod
-    def _schedules(cls, value: Any) -> Any:
-        return _weights(value)
+    rounds_weight: NotNegative = 0.0
+    transformer: Weight = 0.0
+    rnn: Weight = 0.0
+    readout: Weight = 0.0
+    fused: Weight = 0.0
 
     @model_validator(mode="after")
     def _trainable(self) -> Self:

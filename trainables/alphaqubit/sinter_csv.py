@@ -14,7 +14,7 @@ from pathlib import Path
 import sinter
 import yaml
 
-from engines.errors import InputError
+from engines.errors import InputError, command_line
 from trainables.alphaqubit.sampler import Experiment
 from trainables.record import Record, read_csv
 
@@ -69,8 +69,9 @@ def _references(record: Record) -> list[tuple[str, object]]:
     return [(name, record.extra.get(key)) for key, name in REFERENCES.items()]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for bad input."""
+@command_line
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m trainables.alphaqubit.sinter_csv", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -78,12 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a finished sweep, such as runs/aq_baseline_small_seed42")
     parser.add_argument("csv", type=Path, help="file to add to")
     given = parser.parse_args(arguments)
-    try:
-        append(given.csv, of_run(given.run))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    append(given.csv, of_run(given.run))
 
 
 if __name__ == "__main__":

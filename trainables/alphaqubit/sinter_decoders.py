@@ -4,13 +4,16 @@ SLIMSWEEP_STUDENT=aq_baseline.pth sinter collect --circuits *.stim --decoders sl
     --custom_decoders_module_function "trainables.alphaqubit.sinter_decoders:decoders" \\
     --max_shots 100000 --processes 2 --save_resume_filepath stats.csv
 
-SLIMSWEEP_TEACHER and SLIMSWEEP_STUDENT hold the files of their weights; the teacher's default is the shipped one. Any
-number of rounds and any noise; distance and basis must be those of the weights.
+SLIMSWEEP_TEACHER and SLIMSWEEP_STUDENT hold the file of their weights, or several with a colon between them: a circuit
+gets those of its distance and basis. The teacher's default are all that ship. Any number of rounds and any noise.
+Where there are none of its basis, those of the other serve, with a warning: the code turned by 90 degrees exchanges X
+and Z, but stim's circuits do not have that symmetry, which costs accuracy (README).
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ import stim
 import torch
 
 from engines.errors import InputError
-from trainables.alphaqubit.decisions import SHIPPED, flips, logits, read
+from trainables.alphaqubit.decisions import SHIPPED, decode, fitted, read
 from trainables.alphaqubit.layout import Placement, layout_of
 from trainables.alphaqubit.model import Decoder
 
@@ -36,45 +39,47 @@ class CompiledNeural(sinter.CompiledDecoder):  # type: ignore[misc]
         """Predicted flips (N, ceil(observables / 8)) uint8, bits from the lowest; the data alike."""
         count = len(self._placement.layer)
         flat = np.unpackbits(bit_packed_detection_event_data, axis=1, count=count, bitorder="little")
-        grid = self._placement.to_grid(flat)
-        bits = (torch.from_numpy(part) for part in (grid, self._placement.measurements(grid)))
-        found = flips(logits(self._model, *bits), self._model.config["outputs"])
+        found = decode(self._model, self._placement, flat)
         return np.packbits(found, axis=1, bitorder="little")
 
 
 class Neural(sinter.Decoder):  # type: ignore[misc]
-    """Weights by their path, so that it pickles; they are read in the process that decodes."""
+    """Weights by their paths, so that it pickles; they are read in the process that decodes."""
 
-    def __init__(self, name: str, path: str | None) -> None:
-        self.name, self.path = name, path
+    def __init__(self, name: str, *paths: str) -> None:
+        self.name, self.paths = name, paths
 
     def compile_decoder_for_dem(self, *, dem: stim.DetectorErrorModel) -> CompiledNeural:
-        """InputError where there are no weights, or a circuit is not of their experiment."""
-        if self.path is None:
+        """InputError where there are no weights, or a circuit is of another distance or other observables."""
+        if not self.paths:
             raise InputError(f"{self.name}: no weights; set {VARIABLES[self.name]} to the path of a decoder's file")
         torch.set_num_threads(1)  # sinter's processes are the parallelism
-        model = read(Path(self.path)).eval()
         placement = layout_of(dem)
-        layout, config = placement.layout, model.config
-        for key, theirs in (("distance", layout.distance), ("basis", layout.basis)):
-            if config[key] != theirs:
-                raise InputError(
-                    f"{self.name}: the circuit is of {key}={theirs}, {self.path} of {key}={config[key]}: train a "
-                    f"decoder for it (python sweeps/aq_pretrain.py --set {key}={theirs}) or give another circuit"
-                )
-        expected = 1 if config["outputs"] == "observable" else 2
-        if dem.num_observables != expected:
-            raise InputError(
-                f"{self.name}: the circuit has {dem.num_observables} observables, {self.path} with "
-                f"outputs={config['outputs']} predicts {expected}: keep as many in the circuit"
+        layout = placement.layout
+        models = {path: read(Path(path)).eval() for path in self.paths}
+        nearest = min(
+            models,
+            key=lambda path: [models[path].config[key] != getattr(layout, key) for key in ("distance", "basis")],
+        )
+        try:
+            fit = fitted(models[nearest], placement, dem.num_observables)
+        except InputError as error:
+            raise InputError(f"{self.name} ({nearest}): {error}") from None
+        if fit is not placement:
+            warnings.warn(
+                f"{self.name}: {nearest} is of basis {fit.layout.basis} and decodes a circuit of basis {layout.basis} "
+                f"by the code's symmetry, less well than weights of its own: python sweeps/aq_pretrain.py --set "
+                f"basis={layout.basis} trains them",
+                stacklevel=2,
             )
-        return CompiledNeural(model, placement)
+        return CompiledNeural(models[nearest], fit)
 
 
 def decoders() -> dict[str, Neural]:
     """For sinter's custom_decoders: the teacher and the student by name."""
-    paths = {name: os.environ.get(variable) for name, variable in VARIABLES.items()}
-    paths["slimsweep_teacher"] = paths["slimsweep_teacher"] or str(SHIPPED)
+    shipped = os.pathsep.join(map(str, sorted(SHIPPED.parent.glob("*.safetensors"))))
+    named = {name: os.environ.get(variable, "") for name, variable in VARIABLES.items()}
+    named["slimsweep_teacher"] = named["slimsweep_teacher"] or shipped
     # Absolute, for the processes that decode.
-    return {name: Neural(name, str(Path(path).expanduser().absolute()) if path else None)
-            for name, path in paths.items()}  # fmt: skip
+    return {name: Neural(name, *(str(Path(path).expanduser().absolute()) for path in paths.split(os.pathsep) if path))
+            for name, paths in named.items()}  # fmt: skip

@@ -228,3 +228,36 @@ def test_a_text_file_of_something_else(tmp_path):
     folder = write(tmp_path, False)[0]
     (folder / "obs_flips_actual.01").write_text("2\n" * SHOTS)
     refused(folder, "obs_flips_actual.01 is not of format 01")
+
+
+def test_the_command_says_of_every_experiment_how_well_it_was_decoded(tmp_path, capsys, aq):
+    """Both layouts below one folder; the decoder given has no training, is of basis Z, and decodes X as well."""
+    written = {(willow, basis): write(tmp_path, willow, basis) for willow in (False, True) for basis in "XZ"}
+    assert google.main([str(tmp_path), str(aq.teacher_file)]) == 0
+    assert capsys.readouterr().out.count(" shots\n") == len(written)
+    for (willow, basis), (folder, _, flips, predicted) in written.items():
+        assert google.main([str(folder), str(aq.teacher_file)]) == 0
+        head, *lines = capsys.readouterr().out.splitlines()
+        source = "willow" if willow else "sycamore"
+        assert head.endswith(f"{source}, distance 3, rounds 3, basis {basis}, {SHOTS} shots")
+        model = "pymatching" if willow else "circuit_detector_error_model"
+        names = [f"pymatching on {model}", f"pymatching_correlated on {model}", "pymatching, as shipped"]
+        assert [line[2:].split("  ")[0] for line in lines] == [*names, "the decoder given"]
+        rate = f"LER {np.mean(predicted != flips):.5f} ["
+        assert rate in lines[0] and rate in lines[2] and "LER 0." in lines[3]
+
+
+def test_a_decoder_that_does_not_fit_and_a_folder_without_a_model_say_so(tmp_path, capsys, aq):
+    folder = write(tmp_path, False)[0]
+    for path in (folder / "circuit_detector_error_model.dem", folder / "circuit_noisy.stim"):
+        path.unlink()
+    wide = aq.save(tmp_path / "wide.pth", aq.new_decoder(distance=5))
+    assert google.main([str(folder), str(wide), "--basis", "Z", "--rounds", "3", "--distance", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "  no error model and no noisy circuit: matching cannot decode it"
+    assert (
+        "the decoder given       cannot decode it: the circuit is of distance=3, the decoder of distance=5" in lines[3]
+    )
+    assert google.main([str(tmp_path), "--rounds", "9"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "rounds=9" in err and err.count("\n") == 1

@@ -161,3 +161,56 @@ def test_stabilizers_lie_where_stim_puts_its_detectors(distance, basis):
 def test_what_is_no_such_code_is_named(distance, basis, named):
     with pytest.raises(InputError, match=named):
         rotated(distance, basis)
+
+
+def support(cell, distance):
+    """Data qubits (row, column) around a cell of the grid."""
+    i, j = cell
+    return {(a, b) for a in (i - 1, i) for b in (j - 1, j) if 0 <= a < distance and 0 <= b < distance}
+
+
+@pytest.mark.parametrize("distance", [3, 5])
+def test_the_quarter_turn_takes_supports_and_the_observable_of_x_to_those_of_z(distance):
+    placement = layout_of(memory_circuit("X", distance, 2, 0.01))
+    turned = placement.exchanged()
+    assert turned.layout.basis == "Z" and np.array_equal(turned.layer, placement.layer)
+    for old, new in zip(placement.slot, turned.slot, strict=True):
+        here, there = placement.layout.cells[old], turned.layout.cells[new]
+        moved_qubits = {(b, distance - 1 - a) for a, b in support(here, distance)}
+        assert moved_qubits == support(there, distance) and (here.sum() + there.sum()) % 2 == 1
+    assert {(b, distance - 1 - a) for a, b in ((k, 0) for k in range(distance))} == {(0, k) for k in range(distance)}
+    again = turned.exchanged().exchanged().exchanged()
+    assert np.array_equal(again.slot, placement.slot) and again.layout.basis == "X"
+
+
+@pytest.mark.parametrize("noise", ["uniform", "si1000"])
+def test_the_turned_experiment_has_nearly_the_errors_of_the_other_basis(noise):
+    """What the two error models have in common agrees on the observable, and is most of what can happen.
+
+    They are not the same: another number of errors, which no renaming of detectors could change.
+    """
+    found = {}
+    for basis in "ZX":
+        circuit = memory_circuit(basis, 3, 4, 0.005, noise)
+        placement = layout_of(circuit)
+        found[basis] = errors(circuit, placement if basis == "Z" else placement.exchanged())
+    assert sum(map(len, found["Z"].values())) != sum(map(len, found["X"].values()))
+    common = found["Z"].keys() & found["X"].keys()
+    assert all(found["Z"][key].keys() == found["X"][key].keys() for key in common)
+    for model in found.values():
+        total = sum(sum(one.values()) for one in model.values())
+        assert sum(sum(model[key].values()) for key in common) > 0.75 * total
+
+
+def errors(circuit, placement):
+    """Probabilities of the circuit's errors by where they show, and whether they flip the observable."""
+    found = {}
+    for error in circuit.detector_error_model().flattened():
+        if error.type == "error":
+            targets = error.targets_copy()
+            shown = [t.val for t in targets if t.is_relative_detector_id()]
+            key = frozenset((int(placement.layer[k]), int(placement.slot[k])) for k in shown)
+            flips = any(t.is_logical_observable_id() for t in targets)
+            rates = found.setdefault(key, {})
+            rates[flips] = rates.get(flips, 0.0) + error.args_copy()[0]
+    return found

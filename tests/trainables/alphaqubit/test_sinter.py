@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sinter
+import stim
 import torch
 
 from engines.errors import InputError
@@ -81,7 +83,7 @@ def test_circuits_of_another_shape_end_in_one_line(aq, tmp_path, monkeypatch):
     for variable in VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
     both = decoders()
-    assert both["slimsweep_teacher"].path == str(decisions.SHIPPED)
+    assert str(decisions.SHIPPED) in both["slimsweep_teacher"].paths
     path, z = aq.teacher_file, memory_circuit("Z", 3, 2, 0.01)
     scattered = memory_circuit("Z", 3, 2, 0.01)
     scattered.insert(0, type(scattered)("SHIFT_COORDS(0.5, 0, 0)")[0])
@@ -91,8 +93,7 @@ def test_circuits_of_another_shape_end_in_one_line(aq, tmp_path, monkeypatch):
     cases = [
         (lambda: both["slimsweep_student"].compile_decoder_for_dem(dem=z.detector_error_model()), "SLIMSWEEP_STUDENT"),
         (lambda: compiled(tmp_path / "no.pth", z), "no.pth does not exist"),
-        (lambda: compiled(path, memory_circuit("Z", 5, 2, 0.01)), "circuit is of distance=5.*of distance=3: train a"),
-        (lambda: compiled(path, memory_circuit("X", 3, 2, 0.01)), "circuit is of basis=X.*of basis=Z"),
+        (lambda: compiled(path, memory_circuit("Z", 5, 2, 0.01)), "circuit is of distance=5.*of distance=3: train one"),
         (lambda: compiled(path, both_observables_circuit(3, 2, 0.01)), "circuit is of basis=XZ"),
         (lambda: compiled(path, uneven), "match no rotated surface code"),
         (lambda: compiled(path, bare), r"detector 0 has coordinates \(\)"),
@@ -101,6 +102,46 @@ def test_circuits_of_another_shape_end_in_one_line(aq, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=named) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def decoded(circuit, packed):
+    ready = decoders()["slimsweep_teacher"].compile_decoder_for_dem(dem=circuit.detector_error_model())
+    return ready.decode_shots_bit_packed(bit_packed_detection_event_data=packed)
+
+
+@pytest.mark.filterwarnings("ignore:slimsweep_teacher")
+def test_weights_of_basis_z_decode_basis_x_by_the_codes_symmetry(monkeypatch):
+    """Exactly as well where the circuit has that symmetry too, as the Z circuit itself does once it is turned.
+
+    Stim's own X circuit has it only nearly; 20,000 shots: standard errors of the rates below .0015. The limit of
+    .045 is twice the Z rate; without the turn .156 was seen, with it .036.
+    """
+    for variable in VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+    z, x = (memory_circuit(basis, 3, 5, 0.005) for basis in "ZX")
+    events, _ = z.compile_detector_sampler(seed=11).sample(2000, separate_observables=True, bit_packed=True)
+    places = re.compile(r"DETECTOR\((\d+), (\d+),")
+    turned = stim.Circuit(places.sub(lambda xy: f"DETECTOR({xy[2]}, {6 - int(xy[1])},", str(z.flattened())))
+    assert layout_of(turned).layout.basis == "X"
+    with pytest.warns(UserWarning, match="of basis Z and decodes a circuit of basis X .* --set basis=X trains them"):
+        found = decoded(turned, events)
+    assert np.array_equal(found, decoded(z, events))
+    events, flips = x.compile_detector_sampler(seed=11).sample(20_000, separate_observables=True, bit_packed=True)
+    assert (decoded(x, events) != flips).mean() < 0.045
+
+
+@pytest.mark.filterwarnings("ignore:slimsweep_student")
+def test_a_circuit_gets_the_weights_of_its_own_distance_and_basis(aq, tmp_path, monkeypatch):
+    kinds = [(3, "Z"), (5, "Z"), (3, "X")]
+    files = [aq.save(tmp_path / f"{d}{b}.pth", aq.new_decoder(distance=d, basis=b)) for d, b in kinds]
+    monkeypatch.setenv("SLIMSWEEP_STUDENT", os.pathsep.join(map(str, files)))
+    student = decoders()["slimsweep_student"]
+    for distance, basis in [*kinds, (5, "X")]:
+        dem = memory_circuit(basis, distance, 2, 0.01).detector_error_model()
+        config = student.compile_decoder_for_dem(dem=dem)._model.config
+        assert (config["distance"], config["basis"]) == (distance, "Z" if distance == 5 else basis)
+    with pytest.raises(InputError, match="distance=7"):
+        student.compile_decoder_for_dem(dem=memory_circuit("Z", 7, 2, 0.01).detector_error_model())
 
 
 def test_records_of_a_sweep_become_sinters_lines(aq, tmp_path, capsys):
