@@ -74,7 +74,8 @@ def set_ranges(model: nn.Module, magnitudes: Mapping[str, float]) -> None:
     for name, magnitude in magnitudes.items():
         module: Any = model.get_submodule(name)
         module.input_quantizer.amax = torch.tensor(magnitude)
-        if isinstance(module, _WEIGHTED):
+        weighted = isinstance(module, _WEIGHTED)  # a Product's weight comes with each call
+        if weighted:
             largest = module.weight.detach().abs().flatten(1).amax(1)
             module.weight_quantizer.amax = largest.reshape(module.weight_quantizer.amax.shape)
 
