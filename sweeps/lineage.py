@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-SCRIPTS = {"K": "k_grid.py", "AQ2": "aq_stage1.py"}  # stages that others start from
+SCRIPTS = {"K": "k_grid.py", "AQ1": "aq_baseline.py", "AQ2": "aq_stage1.py"}  # stages that others start from
 
 
 def best_of(uri: str, stage: str, file: str, domain: str, profile: str, folder: Path) -> Path:

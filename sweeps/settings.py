@@ -23,14 +23,16 @@ from sweeps.spec import SettingsFile
 from trainables.alphaqubit.settings import (
     DecoderFusionSettings,
     DecoderPretrainSettings,
+    DecoderPruneSettings,
+    DecoderQuantSettings,
     DecoderSettings,
     DecoderWorkload,
 )
 from trainables.config import (
     DistillSettings,
+    Dust3rPruneSettings,
+    Dust3rQuantSettings,
     PretrainSettings,
-    PruneSettings,
-    QuantSettings,
     Workload,
     WorkloadSettings,
 )
@@ -39,13 +41,15 @@ from trainables.schedules import Schedule
 PROFILES = ("demo", "small", "full")
 WORKLOAD = SettingsFile("workload.yaml", WorkloadSettings)
 DISTILL = SettingsFile("distill.yaml", DistillSettings)
-QUANT = SettingsFile("quant.yaml", QuantSettings)
-PRUNE = SettingsFile("prune.yaml", PruneSettings)
+QUANT = SettingsFile("quant.yaml", Dust3rQuantSettings)
+PRUNE = SettingsFile("prune.yaml", Dust3rPruneSettings)
 PRETRAIN = SettingsFile("pretrain.yaml", PretrainSettings)
 DECODER_WORKLOAD = SettingsFile("decoder_workload.yaml", DecoderWorkload)
 WORKLOADS = (WORKLOAD, DECODER_WORKLOAD)
 DECODER = SettingsFile("alphaqubit.yaml", DecoderSettings)
 DECODER_FUSION = SettingsFile("decoder_fusion.yaml", DecoderFusionSettings)
+DECODER_QUANT = SettingsFile("decoder_quant.yaml", DecoderQuantSettings)
+DECODER_PRUNE = SettingsFile("decoder_prune.yaml", DecoderPruneSettings)
 DECODER_PRETRAIN = SettingsFile("decoder_pretrain.yaml", DecoderPretrainSettings)
 
 

@@ -137,7 +137,6 @@ class QuantSettings(TrainingSettings):
     """How a model is quantized: the policy of engines/policy.py, and the training where rounding loses too much."""
 
     model: Annotated[str, AfterValidator(absolute)] = "teacher"
-    gamma: float = Field(0.0, ge=0)
     bits_w: int = 8
     bits_a: int = 8
     keep: tuple[str, ...] = ("layernorm", "softmax", "attention", "conv")
@@ -165,21 +164,24 @@ class QuantSettings(TrainingSettings):
         return self
 
 
+class Dust3rQuantSettings(QuantSettings):
+    """DUSt3R's: training may also follow the teacher's hidden states."""
+
+    gamma: float = Field(0.0, ge=0)
+
+
 class PruneSettings(TrainingSettings):
-    """How the teacher is pruned and fine-tuned; a trial overrides the keys that it searches."""
+    """How the teacher is pruned and fine-tuned; a trial overrides the keys that it searches.
+
+    A domain adds a factor for each of its GROUPS: what it multiplies rho by is the share of the group that leaves.
+    """
 
     epochs: Count = 12
     lr: float = Field(1e-4, gt=0)
     rho: float = Field(0.3, gt=0, lt=1)
-    enc_heads: float = Field(1.0, ge=0)
-    enc_ffn: float = Field(1.0, ge=0)
-    dec_heads: float = Field(1.0, ge=0)
-    dec_ffn: float = Field(1.0, ge=0)
-    residual: float = Field(0.0, ge=0)
-    ratios: Literal["uniform", "sensitivity"] = "uniform"
     steps: Count = 1
 
-    GROUPS: ClassVar[tuple[str, ...]] = ("enc_heads", "enc_ffn", "dec_heads", "dec_ffn", "residual")
+    GROUPS: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="after")
     def _pruning(self) -> Self:
@@ -205,6 +207,19 @@ class PruneSettings(TrainingSettings):
     def step_epochs(self) -> list[int]:
         """Epochs, counted from 0, before which a pruning step takes place; spread over the first half."""
         return [step * self.epochs // (2 * self.steps) for step in range(self.steps)]
+
+
+class Dust3rPruneSettings(PruneSettings):
+    """DUSt3R's groups, and where in a group what leaves is taken from."""
+
+    enc_heads: float = Field(1.0, ge=0)
+    enc_ffn: float = Field(1.0, ge=0)
+    dec_heads: float = Field(1.0, ge=0)
+    dec_ffn: float = Field(1.0, ge=0)
+    residual: float = Field(0.0, ge=0)
+    ratios: Literal["uniform", "sensitivity"] = "uniform"
+
+    GROUPS = ("enc_heads", "enc_ffn", "dec_heads", "dec_ffn", "residual")
 
 
 class PretrainSettings(Settings):

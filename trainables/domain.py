@@ -60,6 +60,9 @@ class Domain(Protocol):
         with nothing.
         """
 
+    def pruned_id(self) -> str:
+        """Changes whenever the results of :meth:`pruned` would: teacher, widths asked for, code, calibration data."""
+
     def load(self, path: Path) -> nn.Module:
         """A model from a file that :meth:`export` filled. InputError names what is wrong with it."""
 

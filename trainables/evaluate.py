@@ -55,7 +55,7 @@ def prepare(job: Job) -> None:
             inherited(cache, domain)
         if "rho" in settings:
             for trial, params in zip(trials, job["trials"], strict=True):
-                pruned(cache, trial, PruneSettings.among({**settings, **params}))
+                pruned(cache, trial, PruneSettings.among({**settings, **params}).steps)
         if "bits_w" in settings:
             wanted = [QuantSettings.among({**settings, **params}).policy for params in job["trials"]]
             deploy.choices_of(domain, deploy.source(domain, settings["model"]), *wanted)

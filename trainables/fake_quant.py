@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engines.policy import Choice, QuantPolicy
+from trainables.product import Product
 
 _QUANTIZER = "_quantizer."
+_WEIGHTED = nn.Linear | nn.Conv2d  # whose weights are parameters of their own
 
 
 def modules_of(choices: Iterable[Choice], model: nn.Module) -> dict[str, list[str]]:
     """The modules of `model` behind the nodes that a policy makes INT8: module name -> names of its nodes.
 
     A node /model/enc_blocks.0/attn/qkv/MatMul is the module enc_blocks.0.attn.qkv: the exporter writes the module's
-    path and then the operator, below the name that the exported wrapper gives the model.
+    path and then the operator, below the name that the exported wrapper gives the model. A module that runs several
+    times (in each round of a decoder) is numbered from its second time on: .../attn/qkv_1/MatMul.
     """
-    known = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm)}
+    kinds = _WEIGHTED | nn.LayerNorm | Product
+    known = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     found: dict[str, list[str]] = {}
     for choice in choices:
         if choice.precision == "int8":
             path = choice.layer.split("/")[:-1]
-            names = (".".join(path[start:]) for start in range(len(path)))
+            first = [re.sub(r"_\d+$", "", part) for part in path]
+            names = [".".join(parts[start:]) for parts in (path, first) for start in range(len(path))]
             for name in [name for name in names if name in known][:1]:
                 found.setdefault(name, []).append(choice.node)
     return found
@@ -37,15 +44,19 @@ def insert(model: nn.Module, names: Iterable[str], policy: QuantPolicy, run: Cal
     """Give the named modules fake quantizers with the ranges that `run(model)` shows.
 
     Weights: symmetric, one scale per output channel; activations: symmetric, one per tensor. As on the engine the
-    smallest level is not used. Modules change class in place; names of weights stay.
+    smallest level is not used. Modules change class in place; names of weights stay. A Product's weight has the range
+    that it has in each forward pass.
     """
     import modelopt.torch.quantization as mtq
 
+    _teach_products()
     for module in model.modules():
         module.__dict__.pop("forward", None)  # a faster forward that would bypass the quantizers
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name in names:
         weight: dict[str, Any] = {"num_bits": policy.bits_w, "axis": 0}
+        if isinstance(model.get_submodule(name), Product):
+            weight["type"] = "dynamic"
         entries.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": weight})
         entries.append({"quantizer_name": f"{name}.input_quantizer", "cfg": {"num_bits": policy.bits_a, "axis": None}})
     with _quiet():
@@ -57,9 +68,26 @@ def set_ranges(model: nn.Module, magnitudes: Mapping[str, float]) -> None:
     for name, magnitude in magnitudes.items():
         module: Any = model.get_submodule(name)
         module.input_quantizer.amax = torch.tensor(magnitude)
-        if not isinstance(module, nn.LayerNorm):  # whose weights stay in floating point
+        if isinstance(module, _WEIGHTED):
             largest = module.weight.detach().abs().flatten(1).amax(1)
             module.weight_quantizer.amax = largest.reshape(module.weight_quantizer.amax.shape)
+
+
+@cache
+def _teach_products() -> None:
+    """Let modelopt convert Product: its input and its weight are arguments."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+
+    class QuantProduct(QuantModule):  # type: ignore[misc]
+        def _setup(self) -> None:
+            self.input_quantizer, self.weight_quantizer = TensorQuantizer(), TensorQuantizer()
+
+        def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            result: Tensor = super().forward(self.input_quantizer(x), self.weight_quantizer(weight), bias)
+            return result
+
+    mtq.register(Product, QuantProduct)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

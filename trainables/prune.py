@@ -25,7 +25,7 @@ class Prune(Distill):
         self.pruning = PruneSettings.among(self.settings)
         self._narrow: tuple[int, nn.Module] | None = None
         state = self.folder / "state.pt"
-        return self.domain.load(state) if state.exists() else pruned(cache, self.domain, self.pruning)
+        return self.domain.load(state) if state.exists() else pruned(cache, self.domain, self.pruning.steps)
 
     def _train(self) -> dict[str, float]:
         due = self.pruning.step_epochs

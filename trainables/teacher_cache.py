@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from engines.errors import InputError
 from trainables import checkpoint, fast_linear
 from trainables.checkpoint import model_hash
-from trainables.config import PruneSettings
 from trainables.domain import Batch, Domain
 
 BLOCK = 256
@@ -200,11 +199,10 @@ def inherited(folder: Path, domain: Domain) -> nn.Module:
     return domain.load(path)
 
 
-def pruned(folder: Path, domain: Domain, settings: PruneSettings) -> nn.Module:
-    """The teacher after the first pruning step, made once by content like :func:`inherited`."""
-    structure = {key: getattr(settings, key) for key in ("rho", *PruneSettings.GROUPS, "ratios", "steps", "T")}
-    path = folder / f"pruned_{_digest(model_hash(domain.teacher()), domain.data_id(), structure)}.pth"
+def pruned(folder: Path, domain: Domain, steps: int) -> nn.Module:
+    """The teacher after the first of the pruning steps, made once by content like :func:`inherited`."""
+    path = folder / f"pruned_{_digest(domain.pruned_id(), steps)}.pth"
     with locked(folder / "prune.lock"):
         if not path.exists():
-            checkpoint.save(path, domain.export(domain.pruned(domain.teacher(), 1 / settings.steps)))
+            checkpoint.save(path, domain.export(domain.pruned(domain.teacher(), 1 / steps)))
     return domain.load(path)

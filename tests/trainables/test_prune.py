@@ -7,7 +7,7 @@ import torch
 
 from engines.errors import InputError
 from trainables import checkpoint, evaluate
-from trainables.config import PruneSettings
+from trainables.config import Dust3rPruneSettings
 from trainables.prune import Prune
 
 GO_ON = """
@@ -30,7 +30,7 @@ def pruning(tiny):
     def config(name, params=None, **changes):
         given = tiny.config(name, params, **changes)
         own = {key: value for key, value in given["settings"].items() if key not in DISTILL_ONLY}
-        asked = PruneSettings.among(own).model_dump()
+        asked = Dust3rPruneSettings.among(own).model_dump()
         return {**given, "settings": {**asked, **own}}
 
     return config
@@ -139,9 +139,9 @@ def test_a_ratio_that_removes_all_heads_is_refused_before_anything_is_trained(ti
 )
 def test_settings_that_cannot_be(given, named):
     with pytest.raises(ValueError, match=named):
-        PruneSettings(**given)
+        Dust3rPruneSettings(**given)
 
 
 @pytest.mark.parametrize(("steps", "epochs", "expected"), [(1, 1, [0]), (2, 4, [0, 1]), (3, 12, [0, 2, 4])])
 def test_steps_fall_into_the_first_half(steps, epochs, expected):
-    assert PruneSettings(steps=steps, epochs=epochs).step_epochs == expected
+    assert Dust3rPruneSettings(steps=steps, epochs=epochs).step_epochs == expected

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainables.product import Product
+
 # Of an event now (e) and in the round before (p), code 2 e + p: what the looking stabilizer brings to the bias, and
 # what the one that is looked at does. A term that knows the looking side alone would cancel in the softmax.
 _LOOKING = ((1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1))  # 1, e, p
@@ -101,6 +103,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, heads * 3 * key_dim)  # per head: query, key, value
         self.layout = nn.Linear(bias_dim, heads, bias=False)  # a constant per head would cancel in the softmax
         self.events = nn.Parameter(torch.randn(heads, _EVENTS, _EVENTS) * 0.1)
+        self.packed = Product()  # by the weight of :meth:`constants`
         self.out = nn.Linear(heads * key_dim, dim)
         self.looking: Tensor
         self.looked_at: Tensor
@@ -127,7 +130,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, codes: Tensor, const: AttentionConstants) -> Tensor:
         """x (N, S, D), codes (N, S) int32 in 0..3 -> (N, S, D)."""
         n, s, k = x.shape[0], x.shape[1], self.key_dim
-        packed = F.linear(normed(x), const.weight) + F.embedding(codes, const.events)
+        packed = self.packed(normed(x), const.weight) + F.embedding(codes, const.events)
         heads = packed.view(n, s, self.heads, -1).transpose(1, 2).contiguous()
         q, key, value = torch.split(heads, [k + _EVENTS, k + _EVENTS, k], dim=-1)
         share = softmax(q @ key.transpose(2, 3) + const.bias)
@@ -152,7 +155,7 @@ class GatedDense(nn.Module):
 
 
 class ConvConstants(NamedTuple):
-    """A convolution as one matrix (S * channels in, cells out * channels out), and its bias, one per column."""
+    """A convolution as one matrix (cells out * channels out, S * channels in), and its bias, one per row."""
 
     matrix: Tensor
     bias: Tensor
@@ -176,6 +179,7 @@ class GridConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.padding = nn.Parameter(torch.zeros(inputs))
+        self.product = Product()  # by the matrix of :meth:`constants`
         flat = cells @ (self.side, 1)
         where = np.full(self.side**2, len(cells))  # of each cell of the grid: its stabilizer, or the learned vector
         where[flat] = np.arange(len(cells))
@@ -219,14 +223,15 @@ class GridConv(nn.Module):
         sources = len(self.taps) // len(self.padded)
         kernels = self.weight.flatten(2).permute(2, 1, 0)  # tap, in, out
         blocks = torch.cat((kernels, kernels.new_zeros(1, inputs, outputs))).index_select(0, self.taps)
-        matrix = blocks.view(sources, -1, inputs, outputs).transpose(1, 2).reshape(sources * inputs, -1)
+        matrix = blocks.view(sources, -1, inputs, outputs).permute(1, 3, 0, 2).reshape(-1, sources * inputs)
         return ConvConstants(matrix, (self.padded @ (self.padding @ kernels) + self.bias).flatten())
 
     def forward(self, x: Tensor, const: ConvConstants | None) -> Tensor:
         """(N, S, in) -> (N, cells out, out)."""
         n, _, inputs = x.shape
         if const is not None:
-            return torch.addmm(const.bias, x.reshape(n, -1), const.matrix).view(n, -1, len(self.bias))
+            out = self.product(x.reshape(n, -1), const.matrix, const.bias)
+            return out.view(n, -1, len(self.bias))
         filled = torch.cat((x, self.padding.expand(n, 1, inputs)), dim=1).index_select(1, self.scatter)
         # Channels stay last in memory, as convolutions on CPUs like it.
         grid = filled.view(n, self.side, self.side, inputs).permute(0, 3, 1, 2)

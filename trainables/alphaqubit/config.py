@@ -15,6 +15,8 @@ OUTPUTS = {"observable": 1, "xz": 2, "ixyz": 4}
 
 _COUNTS = ("dim", "layers", "heads", "key_dim", "widening", "conv_channels", "bias_dim", "readout_dim")
 _DEPTHS = ("bias_layers", "embed_layers", "readout_layers")
+PARTS = ("heads", "hidden", "conv")  # of a layer, which pruning narrows
+_LAYERWISE = tuple(f"layer_{part}" for part in PARTS)
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Config:
     conv_channels, dilations: one 3x3 convolution per dilation in every layer. bias_dim, bias_layers: width and depth
     of the network that embeds the layout for the attention bias. embed_layers: depth of the stabilizer embedding.
     readout_dim, readout_layers: width and depth of the readout. next_stabilizer: a head that predicts the next
-    round's events, for training only. outputs: a key of OUTPUTS. Raises InputError that lists all bad values.
+    round's events, for training only. outputs: a key of OUTPUTS. layer_heads, layer_hidden, layer_conv: of a pruned
+    decoder, one number per layer in place of heads, of widening * dim and of conv_channels; empty = the same in all.
+    Raises InputError that lists all bad values.
     """
 
     dim: int = 32
@@ -43,13 +47,21 @@ class Config:
     readout_layers: int = 2
     next_stabilizer: bool = False
     outputs: str = "observable"
+    layer_heads: tuple[int, ...] = ()
+    layer_hidden: tuple[int, ...] = ()
+    layer_conv: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dilations", tuple(self.dilations))
+        for name in ("dilations", *_LAYERWISE):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         bad = [f"{name}={getattr(self, name)} must be at least 1" for name in _COUNTS if getattr(self, name) < 1]
         bad += [f"{name}={getattr(self, name)} must be at least 0" for name in _DEPTHS if getattr(self, name) < 0]
         if not self.dilations or any(dilation < 1 for dilation in self.dilations):
             bad.append(f"dilations={self.dilations} must be one or more numbers of at least 1")
+        for name in _LAYERWISE:
+            counts = getattr(self, name)
+            if counts and (len(counts) != self.layers or min(counts) < 1):
+                bad.append(f"{name}={list(counts)} must be {self.layers} numbers of at least 1, one per layer")
         if self.outputs not in OUTPUTS:
             bad.append(f"outputs={self.outputs!r} is unknown, use one of {', '.join(OUTPUTS)}")
         if bad:
@@ -61,8 +73,16 @@ class Config:
         return OUTPUTS[self.outputs]
 
     def to_data(self) -> dict[str, Any]:
-        """JSON-able keyword arguments that build an equal config."""
-        return {**dataclasses.asdict(self), "dilations": list(self.dilations)}
+        """JSON-able keyword arguments that build an equal config; those of pruning only where it was pruned."""
+        data = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {k: v for k, v in data.items() if v or k not in _LAYERWISE}
+
+    def widths(self, layer: int) -> tuple[int, int, int]:
+        """Heads of a layer's attention, channels of its gated dense block and of its convolutions, as PARTS."""
+        usual = (self.heads, self.widening * self.dim, self.conv_channels)
+        own = (self.layer_heads, self.layer_hidden, self.layer_conv)
+        heads, hidden, conv = (counts[layer] if counts else all_ for counts, all_ in zip(own, usual, strict=True))
+        return heads, hidden, conv
 
 
 def from_data(data: Mapping[str, Any]) -> Config:

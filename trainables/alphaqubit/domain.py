@@ -23,6 +23,7 @@ from engines.runtimes import OnnxRuntime
 from trainables.alphaqubit import circuits, compare, decisions, exact, layout, losses, matching, sampler
 from trainables.alphaqubit.config import preset
 from trainables.alphaqubit.decisions import SHIPPED
+from trainables.alphaqubit.deployed import Deployed
 from trainables.alphaqubit.fusion import FusedTeacher, cached_probes, load_probes
 from trainables.alphaqubit.layout import BOTH
 from trainables.alphaqubit.model import Decoder, build, without_training_heads
@@ -298,7 +299,7 @@ class AlphaQubit:
         singles = zip(*(torch.split(tensor, 1) for tensor in self.inputs(batch)), strict=True)
         plain = model.decoder if isinstance(model, FusedTeacher) else model
         assert isinstance(plain, Decoder)
-        return without_training_heads(plain).eval(), list(singles), ["events", "measurements"], ["logits"]
+        return Deployed(without_training_heads(plain)).eval(), list(singles), ["events", "measurements"], ["logits"]
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Events and measurements (N, R + 1, S) int32."""

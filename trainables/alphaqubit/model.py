@@ -76,12 +76,20 @@ class Embedding(nn.Module):
 class Layer(nn.Module):
     """One syndrome-transformer layer."""
 
-    def __init__(self, config: Config, layout: Layout) -> None:
+    def __init__(self, config: Config, index: int, layout: Layout) -> None:
         super().__init__()
         c, d = config, layout.distance
-        self.attention = Attention(c.dim, c.heads, c.key_dim, c.bias_dim)
-        self.dense = GatedDense(c.dim, c.widening * c.dim)
-        self.grid = Convolutions(layout.cells, d, c.dim, c.conv_channels, c.dilations, d <= _DENSE_DISTANCE)
+        heads, hidden, channels = c.widths(index)
+        self.attention = Attention(c.dim, heads, c.key_dim, c.bias_dim)
+        self.dense = GatedDense(c.dim, hidden)
+        self.grid = Convolutions(layout.cells, d, c.dim, channels, c.dilations, d <= _DENSE_DISTANCE)
+
+    def forward(
+        self, x: Tensor, codes: Tensor, attention: AttentionConstants, grid: list[ConvConstants | None]
+    ) -> tuple[Tensor, Tensor]:
+        """x (N, S, D), codes (N, S) int32 in 0..3 -> the state after the layer and after its attention alone."""
+        mixed = self.attention(x, codes, attention)
+        return self.grid(self.dense(mixed), grid), mixed
 
 
 class Readout(nn.Module):
@@ -132,12 +140,12 @@ class Decoder(nn.Module):
         self.register_buffer("pairs", layout_features(layout.cells, layout.on_basis, layout.distance), persistent=False)
         self.pair_inputs = nn.Linear(LAYOUT_FEATURES, config.bias_dim)
         self.pair_resnet = ResNet(config.bias_dim, config.bias_layers)
-        self.layers = nn.ModuleList(Layer(config, layout) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, i, layout) for i in range(config.layers))
         self.readout = Readout(config, layout)
         self.next_stabilizer = nn.Linear(config.dim, 1) if config.next_stabilizer else None
 
     def constants(self) -> Constants:
-        """What depends on the weights alone; pass it to several calls of :meth:`step` and :meth:`read`."""
+        """What depends on the weights alone; pass it to several calls of :meth:`step`, :meth:`read`, forward."""
         pairs = self.pair_resnet(self.pair_inputs(self.pairs))
         return Constants(
             self.embedding.table(),
@@ -176,9 +184,9 @@ class Decoder(nn.Module):
         logits: Tensor = self.readout(state, const)
         return logits
 
-    def forward(self, events: Tensor, measurements: Tensor) -> Tensor:
+    def forward(self, events: Tensor, measurements: Tensor, constants: Constants | None = None) -> Tensor:
         """Logits (N, K) after the last layer; events, measurements (N, R + 1, S) bits."""
-        const = self.constants()
+        const = self.constants() if constants is None else constants
         inputs, codes = self._inputs(events, measurements, const)
         state = self.initial_state(len(events))
         for x, code in zip(inputs, codes, strict=True):
@@ -237,8 +245,7 @@ class Decoder(nn.Module):
         """X <- (X + S_n) / sqrt 2 and all layers; the state, and what it was after the last attention."""
         x = mixed = torch.add(inputs, state, alpha=math.sqrt(0.5))
         for layer, attention, grid in zip(self._layers(), const.attention, const.convolutions, strict=True):
-            mixed = layer.attention(x, codes, attention)
-            x = layer.grid(layer.dense(mixed), grid)
+            x, mixed = layer(x, codes, attention, grid)
         return x, mixed
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from engines.errors import InputError
-from trainables.alphaqubit.config import PRESETS
+from trainables.alphaqubit.config import PARTS, PRESETS
 from trainables.alphaqubit.sampler import Experiment
-from trainables.config import Count, Settings, TrainingSettings, Workload, absolute
+from trainables.config import Count, PruneSettings, QuantSettings, Settings, TrainingSettings, Workload, absolute
 from trainables.schedules import Schedule
 
 Rate = Annotated[float, Field(gt=0, lt=0.5)]
@@ -101,6 +101,23 @@ class DecoderFusionSettings(Settings):
         if min(value) < 0 or sum(value) <= 0:
             raise ValueError(f"weights {list(value)} must be 0 or more, and not all 0")
         return value
+
+
+class DecoderQuantSettings(QuantSettings):
+    """How a decoder is quantized, and trained where rounding loses too much."""
+
+    train_p: Rate = 0.01
+
+
+class DecoderPruneSettings(PruneSettings):
+    """How a decoder is pruned and fine-tuned."""
+
+    heads: float = Field(1.0, ge=0)
+    hidden: float = Field(1.0, ge=0)
+    conv: float = Field(1.0, ge=0)
+    train_p: Rate = 0.01
+
+    GROUPS = PARTS
 
 
 class DecoderSettings(TrainingSettings):

@@ -44,7 +44,7 @@ class Step(nn.Module):
         x = torch.add(F.embedding(codes + self.first, self.table), state, alpha=math.sqrt(0.5))
         for layer, attention, grid in zip(self.layers, self.attention, self.grids, strict=True):
             assert isinstance(layer, Layer)
-            x = layer.grid(layer.dense(layer.attention(x, codes, attention)), grid)
+            x, _ = layer(x, codes, attention, grid)
         return x
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from engines.errors import InputError
 from trainables import checkpoint, fast_linear
 from trainables.checkpoint import model_hash
-from trainables.config import DistillSettings, PruneSettings, WorkloadSettings
+from trainables.config import DistillSettings, Dust3rPruneSettings, WorkloadSettings
 from trainables.domain import Batch, Outputs, Signal
 from trainables.dust3r import blocks, dpt, losses, metrics, narrow, pairs, rooms
 from trainables.dust3r import inherit as inheritance
@@ -120,10 +120,15 @@ class Dust3r:
         pruning.refit(model, pruned, kept, self._calibration(CALIBRATION_PAIRS // 2))
         return pruned
 
+    def pruned_id(self) -> str:
+        """Hash of the teacher's weights, the ratios, the pruning code and the calibration pairs."""
+        asked = Dust3rPruneSettings.among(self._settings)
+        return _digest(model_hash(self.teacher()), self.data_id(), asked.channel_ratios, asked.ratios, self.distill.T)
+
     @cached_property
     def _narrowed(self) -> Config:
         """The widths that the settings ask for."""
-        teacher, asked = self.teacher(), PruneSettings.among(self._settings)
+        teacher, asked = self.teacher(), Dust3rPruneSettings.among(self._settings)
         config = Config(**teacher.config)
         target = narrow.narrowed(config, asked.channel_ratios)  # refuses what cannot be before time is spent
         if asked.ratios == "uniform":
