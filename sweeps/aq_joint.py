@@ -2,7 +2,7 @@
 
 python sweeps/aq_joint.py --profile demo          # after: python sweeps/aq_baseline.py --profile demo
 python sweeps/aq_joint.py                         # after: python sweeps/aq_baseline.py
-python sweeps/aq_joint.py --set model=FILE.pth    # another student instead: aq_stage2_best.pth of AQ-4, a pruned decoder
+python sweeps/aq_joint.py --set model=FILE.pth    # another student: aq_stage2_best.pth of AQ-4, or a pruned one
 """
 
 from sweeps.launch import main

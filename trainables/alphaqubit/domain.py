@@ -20,23 +20,36 @@ from engines.errors import InputError
 from engines.export import export_onnx
 from engines.latency import measure
 from engines.runtimes import OnnxRuntime
+from trainables import least_squares
 from trainables.alphaqubit import circuits, compare, decisions, exact, layout, losses, matching, sampler
+from trainables.alphaqubit import prune as pruning
 from trainables.alphaqubit.config import preset
 from trainables.alphaqubit.decisions import SHIPPED
 from trainables.alphaqubit.deployed import Deployed
 from trainables.alphaqubit.fusion import FusedTeacher, cached_probes, load_probes
 from trainables.alphaqubit.layout import BOTH
 from trainables.alphaqubit.model import Decoder, build, without_training_heads
+from trainables.alphaqubit.prune import narrowed, partway, prune
 from trainables.alphaqubit.sampler import Sampler, fixed_shots
-from trainables.alphaqubit.settings import SIGNALS, DecoderPretrainSettings, DecoderSettings, DecoderWorkload
+from trainables.alphaqubit.settings import (
+    SIGNALS,
+    DecoderPretrainSettings,
+    DecoderPruneSettings,
+    DecoderSettings,
+    DecoderWorkload,
+)
+from trainables.checkpoint import model_hash
 from trainables.domain import Batch, Outputs, Signal
 from trainables.schedules import Schedule
 
 BATCH = 1024  # of the throughput
+FIT_SHOTS = 1024  # on which a pruned decoder is fitted to what it was cut from
 FEATURES = ("readout", *losses.FEATURES)
 _NAMES = {"beta": "final"}  # a signal's name in the losses, where its weight's setting has another
 # What is cached depends on this code and on stim's random numbers.
 _CODE = "".join(map(inspect.getsource, (circuits, layout, sampler, exact, matching))) + stim.__version__
+
+_PRUNING = "".join(map(inspect.getsource, (pruning, least_squares)))
 
 
 def _digest(*identity: object) -> str:
@@ -54,7 +67,7 @@ class AlphaQubit:
         self.workload = DecoderWorkload.among(settings)
         self.distill = DecoderSettings.among(settings)
         self.pretrain = DecoderPretrainSettings.among(settings)
-        self.seed, self.primary, self._cache = seed, self.workload.primary, cache
+        self._settings, self.seed, self.primary, self._cache = settings, seed, self.workload.primary, cache
 
     # ------------------------------------------------------------------ models
     @property
@@ -114,9 +127,18 @@ class AlphaQubit:
         """Students are not cut from their teacher: nothing is kept for them."""
         return _digest(self.distill.size)
 
-    def pruned(self, model: nn.Module, share: float) -> nn.Module:
-        """Not offered: the grid's convolutions and tables tie the widths of a decoder together."""
-        raise InputError("domain alphaqubit: pruning is for domain dust3r; choose a smaller size=student instead")
+    def pruned(self, model: nn.Module, share: float) -> Decoder:
+        """Pruned to `share` of the way to the settings' widths, and refitted to what it was on training shots."""
+        teacher = self.teacher()
+        assert isinstance(model, Decoder) and isinstance(teacher, Decoder)
+        target = narrowed(teacher._config, DecoderPruneSettings.among(self._settings).channel_ratios)
+        shots = self._training.at(torch.arange(FIT_SHOTS))
+        return prune(without_training_heads(model), partway(teacher._config, target, share), *self.inputs(shots))
+
+    def pruned_id(self) -> str:
+        """Hash of the teacher's weights, the ratios, the pruning code and the training shots."""
+        ratios = DecoderPruneSettings.among(self._settings).channel_ratios
+        return _digest(_PRUNING, model_hash(self.teacher()), self.data_id(), ratios, FIT_SHOTS)
 
     def load(self, path: Path) -> Decoder:
         """A decoder from a .pth that slimsweep wrote or from .safetensors with its config in the header."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.errors import InputError
-from trainables import checkpoint, fast_linear
+from trainables import checkpoint, fast_linear, least_squares
 from trainables.checkpoint import model_hash
 from trainables.config import DistillSettings, Dust3rPruneSettings, WorkloadSettings
 from trainables.domain import Batch, Outputs, Signal
@@ -51,8 +51,8 @@ SENSITIVITY_PAIRS = 32
 TEACHER_BATCH = 64  # pairs at a time: more do not fit a core's cache
 STATES = ("enc1", "enc2", "dec1", "dec2")
 # What is cached depends on this code. Read at import: an edit during a sweep must not change its identities.
-_MODULES = (rooms, metrics, losses, blocks, dpt, model_code, inheritance, narrow, pruning, sys.modules[__name__])
-_CODE = "".join(map(inspect.getsource, _MODULES))
+_MODULES = (rooms, metrics, losses, blocks, dpt, model_code, inheritance, least_squares, narrow, pruning)
+_CODE = "".join(map(inspect.getsource, (*_MODULES, sys.modules[__name__])))
 
 
 def _digest(*identity: object) -> str:

@@ -25,15 +25,13 @@ from engines.errors import InputError
 from trainables.dust3r.blocks import DecoderBlock, EncoderBlock, Positions
 from trainables.dust3r.config import Config
 from trainables.dust3r.model import DUSt3R, LinearHead
+from trainables.least_squares import normal_equations, refit, solve, survivors
 
 Block = EncoderBlock | DecoderBlock
 # The residual streams of one batch: both images of the encoder in one tensor, or one tensor per view.
 Streams = tuple[Tensor, ...]
 
 BATCH_TOKENS = 8192  # bounds memory: features of one batch are this many rows of float64
-# Pull towards the teacher's weights, in mean feature powers. At 0.001 the refitted weights grow up to 9 times as
-# large, do worse on unseen images, and the first hundred training steps only undo them.
-_RIDGE = 0.3
 
 
 def student_config(
@@ -243,56 +241,14 @@ def sample(block: nn.Module, part: str, x: Tensor, other: Tensor, goal: Tensor, 
     return seen[0], goal - x
 
 
-def _normal_equations(layer: nn.Linear, samples: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(H, H W) of the ridge regression of goals on features and a constant one, which comes last; float64.
-
-    The ridge pulls towards `layer`'s own weights. H is (in + 1, in + 1), H W (in + 1, out).
-    """
-    assert layer.bias is not None
-    start = torch.cat((layer.weight.T, layer.bias[None])).double()
-    gram, cross = start.new_zeros(len(start), len(start)), torch.zeros_like(start)
-    rows = 0
-    for features, goals in samples:
-        a, b = features.flatten(0, -2).double(), goals.flatten(0, -2).double()
-        a = torch.cat((a, a.new_ones(len(a), 1)), 1)
-        gram += a.T @ a
-        cross += a.T @ b
-        rows += len(a)
-    gram, cross = gram / rows, cross / rows
-    ridge = _RIDGE * gram.diagonal()[:-1].mean()
-    gram.diagonal().add_(ridge)
-    return gram, cross + ridge * start
-
-
-def _survivors(gram: Tensor, cross: Tensor, group: int, keep: int) -> Tensor:
-    """Indices of the features in the `keep` groups of neighbours that remain after the cheapest removals.
-
-    One group at a time: of two equal features either can go, but not both.
-    """
-    inverse = torch.linalg.inv(gram)
-    weight = inverse @ cross
-    index = torch.arange(len(gram) - 1, device=gram.device).view(-1, group)
-    while len(index) > keep:
-        local = inverse[index[:, :, None], index[:, None, :]]
-        rows = weight[index]
-        solved = rows / local if group == 1 else torch.linalg.solve(local, rows)
-        cheapest = int((rows * solved).sum((1, 2)).argmin())
-        out = index[cheapest]
-        column = inverse[:, out]
-        weight = weight - column @ solved[cheapest]
-        inverse = inverse - column @ torch.linalg.solve(local[cheapest], column.T)
-        index = torch.cat((index[:cheapest], index[cheapest + 1 :]))
-    return index.flatten()
-
-
 def _fit_part(block: Any, cut: Any, part: str, samples: Iterator[tuple[Tensor, Tensor]]) -> None:
-    gram, cross = _normal_equations(output(block, part), samples)
+    gram, cross = normal_equations(output(block, part), samples)
     if part == "mlp":
-        index = _survivors(gram, cross, 1, cut.mlp.fc1.out_features)
+        index = survivors(gram, cross, 1, cut.mlp.fc1.out_features)
     else:
         attention = getattr(cut, part)
-        index = _survivors(gram, cross, attention.head_dim, attention.heads)
-    _solve(output(cut, part), gram, cross, index)
+        index = survivors(gram, cross, attention.head_dim, attention.heads)
+    solve(output(cut, part), gram, cross, index)
     for name, norm in block.named_children():
         if isinstance(norm, nn.LayerNorm):
             getattr(cut, name).load_state_dict(norm.state_dict())
@@ -302,18 +258,3 @@ def _fit_part(block: Any, cut: Any, part: str, samples: Iterator[tuple[Tensor, T
         stacked = 3 if name == "qkv" else 1
         new.weight.copy_(old.weight.view(stacked, -1, old.in_features)[:, index].flatten(0, 1))
         new.bias.copy_(old.bias.view(stacked, -1)[:, index].flatten())
-
-
-def _solve(layer: nn.Linear, gram: Tensor, cross: Tensor, index: Tensor) -> None:
-    """Write the solution restricted to the features in `index` (and the constant) into `layer`."""
-    chosen = torch.cat((index, index.new_tensor([len(gram) - 1])))
-    solution = torch.linalg.solve(gram[chosen][:, chosen], cross[chosen])
-    assert layer.bias is not None
-    layer.weight.copy_(solution[:-1].T)
-    layer.bias.copy_(solution[-1])
-
-
-def refit(layer: nn.Linear, samples: Iterator[tuple[Tensor, Tensor]]) -> None:
-    """Fit `layer` to (features (..., in), goals (..., out)) by least squares, pulled towards its present weights."""
-    gram, cross = _normal_equations(layer, samples)
-    _solve(layer, gram, cross, torch.arange(len(gram) - 1, device=gram.device))

@@ -196,7 +196,6 @@ def test_bad_models_are_named_in_one_line(aq, tmp_path, teacher_file):
         (lambda: aq.domain().load(teacher_file), "teacher.pth: not a decoder"),
         (lambda: aq.domain().load(tmp_path / "lost.pth"), "lost.pth: not a decoder"),
         (lambda: aq.domain().load(tmp_path / "odd.pth"), "odd.pth: not a decoder.*dim='8'"),
-        (lambda: aq.domain().pruned(aq.new_decoder(), 0.5), "pruning is for domain dust3r"),
     ]
     for call, named in cases:
         with pytest.raises(InputError, match=named) as caught:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engines.errors import InputError
+from trainables import least_squares
 from trainables.dust3r import inherit
 from trainables.dust3r.domain import SMALL_TEACHER
 from trainables.dust3r.inherit import kept_layers, student_config
@@ -142,7 +143,7 @@ def test_refit_lowers_the_error_on_unseen_images(config, ratios, monkeypatch):
     teacher = build(**config)
     seen, unseen = pairs(48, 1, config["img_size"]), pairs(16, 2, config["img_size"])
     refitted = output_error(teacher, student_of(teacher, *ratios, images=seen), unseen)
-    monkeypatch.setattr(inherit, "_RIDGE", 1e9)  # only the teacher's own weights are left
+    monkeypatch.setattr(least_squares, "RIDGE", 1e9)  # only the teacher's own weights are left
     plain = output_error(teacher, student_of(teacher, *ratios, images=seen), unseen)
     assert refitted < 0.7 * plain
 
@@ -166,7 +167,7 @@ def test_redundant_channels_and_heads_are_cut_without_loss(monkeypatch):
                     for parameter in (layer.weight, layer.bias):
                         packed = parameter.unflatten(0, (-1, block.cross_attn.head_dim))
                         packed[1::2] = packed[::2]
-    monkeypatch.setattr(inherit, "_RIDGE", 1e-6)  # the usual pull towards the teacher's weights costs more than 1 %
+    monkeypatch.setattr(least_squares, "RIDGE", 1e-6)  # the usual pull to the teacher's weights costs over 1 %
     images = pairs(48, 1)
     student = student_of(teacher, 1.0, 0.5, 0.5, images)
     assert output_error(teacher, student, pairs(8, 2)) < 0.01
