@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from engines.errors import InputError
+from engines.policy import QuantPolicy
 from trainables.schedules import Schedule
 
 Batch = dict[str, Tensor]
@@ -116,8 +117,11 @@ class Domain(Protocol):
         methods on the same samples. Empty where there is nothing to compare with.
         """
 
-    def pace(self, model: nn.Module, p50_ms: float, device: str) -> dict[str, float]:
-        """Times in the domain's own units, for the record, from the median at batch 1; called alone on the device."""
+    def pace(self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None = None) -> dict[str, float]:
+        """Times in the domain's own units, for the record, from the median at batch 1; called alone on the device.
+
+        policy: of a model that is deployed in INT8.
+        """
 
     def sampled(self) -> dict[str, Any]:
         """The workload's own samples, on which latency is measured, as plain data for its file."""

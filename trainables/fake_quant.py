@@ -24,18 +24,24 @@ def modules_of(choices: Iterable[Choice], model: nn.Module) -> dict[str, list[st
     """The modules of `model` behind the nodes that a policy makes INT8: module name -> names of its nodes.
 
     A node /model/enc_blocks.0/attn/qkv/MatMul is the module enc_blocks.0.attn.qkv: the exporter writes the module's
-    path and then the operator, below the name that the exported wrapper gives the model. A module that runs several
-    times (in each round of a decoder) is numbered from its second time on: .../attn/qkv_1/MatMul.
+    path and then the operator, below the name that the exported wrapper gives the model; a ModuleDict is not in the
+    path. A module that runs several times (in each round of a decoder) is numbered from its second time on:
+    .../attn/qkv_1/MatMul.
     """
-    kinds = _WEIGHTED | nn.LayerNorm | Product
-    known = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    modules = dict(model.named_modules())
+    known = {}
+    for name, module in modules.items():
+        if isinstance(module, _WEIGHTED | nn.LayerNorm | Product):
+            parts = name.split(".")
+            above = [modules[".".join(parts[: i + 1])] for i in range(len(parts))]
+            known[".".join(p for p, m in zip(parts, above, strict=True) if not isinstance(m, nn.ModuleDict))] = name
     found: dict[str, list[str]] = {}
     for choice in choices:
         if choice.precision == "int8":
             path = choice.layer.split("/")[:-1]
             first = [re.sub(r"_\d+$", "", part) for part in path]
             names = [".".join(parts[start:]) for parts in (path, first) for start in range(len(path))]
-            for name in [name for name in names if name in known][:1]:
+            for name in [known[name] for name in names if name in known][:1]:
                 found.setdefault(name, []).append(choice.node)
     return found
 

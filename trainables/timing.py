@@ -83,7 +83,7 @@ def measure_latency(job: Job) -> dict[str, Any]:
         "extra": {
             **extra,
             **found["extra"],
-            **domain.pace(model, best.p50_ms, device),
+            **domain.pace(model, best.p50_ms, device, found["policy"]),
             "threads": settings["threads"],
             **{key: value for key, value in state.items() if value is not None},
         },
@@ -133,7 +133,7 @@ def _candidates(
         fields["size_MB"] = footprint.size_MB(path)
     elif job["weights"]:
         (folder / "own.onnx").replace(deploy.file_of(job))
-    return engines, {"fields": fields, "extra": extra, "notes": notes}
+    return engines, {"fields": fields, "extra": extra, "notes": notes, "policy": policy}
 
 
 def _next_sample(engine: Runtime, samples: list[Arrays]) -> Callable[[], object]:

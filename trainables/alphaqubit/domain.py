@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from engines.errors import InputError
 from engines.export import export_onnx
 from engines.latency import measure
+from engines.policy import QuantPolicy
+from engines.quantize import post_training
 from engines.runtimes import OnnxRuntime
 from trainables import least_squares
 from trainables.alphaqubit import circuits, compare, decisions, exact, layout, losses, matching, sampler
@@ -277,7 +280,7 @@ class AlphaQubit:
             limit = np.minimum(flipped, 1 - flipped)
         return compare.measures(own, self.workload.experiment, self._fixed(split), limit, self.workload.workload_seed)
 
-    def pace(self, model: nn.Module, p50_ms: float, device: str) -> dict[str, float]:
+    def pace(self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None = None) -> dict[str, float]:
         """Microseconds per shot and per layer of detectors at batch 1, and per shot at batch BATCH in ONNX Runtime."""
         w = self.workload
         found = {"us_per_shot": 1000 * p50_ms, "us_per_round": 1000 * p50_ms / (w.rounds + 1)}
@@ -286,11 +289,13 @@ class AlphaQubit:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "batch.onnx"
             export_onnx(module.cpu(), batch, path, names_in, names_out)
+            arrays = tuple(tensor.numpy() for tensor in batch)
+            if policy:
+                post_training(path, path, dataclasses.replace(policy, calibration=1), [arrays])
             try:
                 engine = OnnxRuntime(path, device, w.threads)
             except InputError:  # this onnxruntime has no CUDA
                 return found
-            arrays = tuple(tensor.numpy() for tensor in batch)
             times = measure({"batch": lambda: engine.run(arrays)}, 1, max(5, w.repeats // 6), w.workload_seed)["batch"]
             engine.close()
         return {**found, f"us_per_shot_{BATCH}": 1000 * float(np.median(times)) / BATCH}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.errors import InputError
+from engines.policy import QuantPolicy
 from trainables import checkpoint, fast_linear, least_squares
 from trainables.checkpoint import model_hash
 from trainables.config import DistillSettings, Dust3rPruneSettings, WorkloadSettings
@@ -317,7 +318,7 @@ class Dust3r:
         scaled = guess * (true.median(1).values / guess.median())[:, None]
         return {"absrel_mean_depth_map": float(((scaled - true).abs() / true).mean())}
 
-    def pace(self, model: nn.Module, p50_ms: float, device: str) -> dict[str, float]:
+    def pace(self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None = None) -> dict[str, float]:
         """Nothing beyond milliseconds per pair."""
         return {}
 

@@ -87,7 +87,7 @@ def test_exported_student_is_one_plain_decoder(aq):
     exported = checkpoint.load(Path(pretrained["state_dir"]) / "best.pth")
     assert exported["model"].keys() == names and not exported["config"]["next_stabilizer"]
     plain, inputs, _, _ = aq.domain().deployed(own.model)
-    assert plain.state_dict().keys() == names and len(inputs) == 5 and inputs[0][0].shape == (1, 3, 8)
+    assert plain.decoder.state_dict().keys() == names and len(inputs) == 5 and inputs[0][0].shape == (1, 3, 8)
 
 
 @pytest.mark.parametrize("outputs", ["observable", "xz", "ixyz"])

@@ -52,7 +52,7 @@ def test_fused_teacher_answers_as_its_decoder(aq):
     }
     assert all(value.dtype == torch.float16 for value in found.values())
     plain = domain.deployed(teacher)[0]
-    assert plain.state_dict().keys() == teacher.decoder.state_dict().keys(), "no probe is deployed"
+    assert plain.decoder.state_dict().keys() == teacher.decoder.state_dict().keys(), "no probe is deployed"
 
 
 def test_bad_probes_are_named_in_one_line(aq, tmp_path):
