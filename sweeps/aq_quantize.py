@@ -2,7 +2,8 @@
 
 python sweeps/aq_quantize.py --profile demo                  # minutes on a laptop
 python sweeps/aq_quantize.py                                 # the shipped teacher at CPU scale
-python sweeps/aq_quantize.py --set model=aq_baseline.pth     # a student or a pruned decoder instead
+python sweeps/aq_quantize.py --set model=aq_baseline.pth     # a student or a pruned decoder, compared with the teacher
+python sweeps/aq_quantize.py --set teacher=aq_baseline.pth   # a student, compared with itself
 python sweeps/aq_quantize.py --search optuna --samples 20    # search bits, calibration and SmoothQuant
 python sweeps/aq_quantize.py --resume                        # go on after an interruption
 """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as tree
 
 from trainables.alphaqubit.model import Decoder
 
@@ -20,13 +22,22 @@ class Deployed(nn.Module):
         super().__init__()
         self.decoder = decoder
         with torch.no_grad():
-            values, self._structure = tree.tree_flatten(decoder.constants())
-        self._names = [f"constant{i}" for i in range(len(values))]
-        for name, value in zip(self._names, values, strict=True):
-            self.register_buffer(name, value, persistent=False)
+            self._names = _mapped(decoder.constants(), self._keep)
+
+    def _keep(self, value: Tensor) -> str:
+        name = f"constant{len(list(self.buffers(recurse=False)))}"
+        self.register_buffer(name, value, persistent=False)
+        return name
 
     def forward(self, events: Tensor, measurements: Tensor) -> Tensor:
         """See above."""
-        constants = tree.tree_unflatten([getattr(self, name) for name in self._names], self._structure)
-        logits: Tensor = self.decoder(events, measurements, constants)
+        logits: Tensor = self.decoder(events, measurements, _mapped(self._names, self.get_buffer))
         return logits
+
+
+def _mapped(part: Any, change: Callable[[Any], Any]) -> Any:
+    """The same lists and named tuples, with everything in them but None changed."""
+    if part is None or not isinstance(part, list | tuple):
+        return None if part is None else change(part)
+    parts = [_mapped(one, change) for one in part]
+    return parts if isinstance(part, list) else type(part)(*parts)

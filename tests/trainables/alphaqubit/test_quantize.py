@@ -13,7 +13,7 @@ from trainables.quantize import Quantize
 
 QUANT = {
     **{"model": "teacher", "bits_w": 8, "keep": ["layernorm", "softmax", "attention", "conv"], "calibration": 16},
-    **{"reduce_range": False, "epochs": 4, "qat_share": 0.67, "frozen_share": 0.2, "qat_lr": 1e-3},
+    **{"reduce_range": False, "epochs": 4, "qat_share": 0.5, "frozen_share": 0.2, "qat_lr": 1e-3},
 }
 PRODUCTS = {
     *(f"layers.0.{name}" for name in ("attention.packed", "attention.out", "dense.both", "dense.out")),
