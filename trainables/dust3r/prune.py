@@ -16,6 +16,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from trainables import least_squares
 from trainables.dust3r import inherit
 from trainables.dust3r.blocks import CrossAttention, Positions, SelfAttention
 from trainables.dust3r.config import Config
@@ -174,7 +175,9 @@ def refit(old: DUSt3R, new: DUSt3R, kept: dict[str, Tensor], images: Tensor) -> 
 
     features = [new.enc_norm(x) for (x,) in own]
     goals = [old.decoder_embed(old.enc_norm(x)) for (x,) in truth]
-    inherit.refit(new.decoder_embed, ((x, goal[..., kept["dec"]]) for x, goal in zip(features, goals, strict=True)))
+    least_squares.refit(
+        new.decoder_embed, ((x, goal[..., kept["dec"]]) for x, goal in zip(features, goals, strict=True))
+    )
     truth = [inherit.two_views(old, x) for x in goals]
     own = [inherit.two_views(new, new.decoder_embed(x)) for x in features]
     at = old._positions(grid, "dec", truth[0][0])
@@ -185,7 +188,7 @@ def refit(old: DUSt3R, new: DUSt3R, kept: dict[str, Tensor], images: Tensor) -> 
         head, cut = getattr(old, name), getattr(new, name)
         if isinstance(cut, LinearHead):
             views = [(new.dec_norm(x[view]), head.proj(old.dec_norm(t[view]))) for x, t in zip(own, truth, strict=True)]
-            inherit.refit(cut.proj, iter(views))
+            least_squares.refit(cut.proj, iter(views))
 
 
 def _refit_stack(
@@ -207,6 +210,6 @@ def _refit_stack(
                     inherit.sample(cut, part, x[view], i[-1 - view], goal[view][..., kept], at)
                     for x, i, goal in zip(own, own_entered, truth, strict=True)
                 )
-                inherit.refit(inherit.output(cut, part), samples)
+                least_squares.refit(inherit.output(cut, part), samples)
             own = [inherit.advance(cuts, part, x, i, at) for x, i in zip(own, own_entered, strict=True)]
     return truth, own
