@@ -21,7 +21,7 @@ AQ = Sweep(
         Trial("AQ-Q1", combo="PTQ", keyparams="keepLN", saves="aq_ptq_int8.onnx"),
         Trial("AQ-Q1", combo="PTQ", keyparams="percentile", method="percentile"),
         Trial("AQ-Q1", combo="PTQ", keyparams="dynamic", mode="dynamic"),
-        Trial("AQ-Q2", combo="QAT", keyparams="W4", bits_w=4),  # rounds too coarsely for PTQ
+        Trial("AQ-Q2", combo="QAT", keyparams="W4", bits_w=4),  # the coarsest weights that a policy may ask for
     ],
     space=dict(
         bits_w=one_of(4, 5, 6, 8), calibration=one_of(128, 256, 512), method=one_of("minmax", "percentile", "entropy"),

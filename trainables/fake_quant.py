@@ -73,8 +73,8 @@ def set_ranges(model: nn.Module, magnitudes: Mapping[str, float]) -> None:
     """Clip the inputs of the named modules at these magnitudes, and weights at their present largest."""
     for name, magnitude in magnitudes.items():
         module: Any = model.get_submodule(name)
+        weighted = isinstance(module, _WEIGHTED)
         module.input_quantizer.amax = torch.tensor(magnitude)
-        weighted = isinstance(module, _WEIGHTED)  # a Product's weight comes with each call
         if weighted:
             largest = module.weight.detach().abs().flatten(1).amax(1)
             module.weight_quantizer.amax = largest.reshape(module.weight_quantizer.amax.shape)

@@ -230,8 +230,8 @@ class GridConv(nn.Module):
         """(N, S, in) -> (N, cells out, out)."""
         n, _, inputs = x.shape
         if const is not None:
-            out: Tensor = self.product(x.reshape(n, -1), const.matrix, const.bias)
-            return out.view(n, -1, len(self.bias))
+            product: Tensor = self.product(x.reshape(n, -1), const.matrix, const.bias)
+            return product.view(n, -1, len(self.bias))
         filled = torch.cat((x, self.padding.expand(n, 1, inputs)), dim=1).index_select(1, self.scatter)
         # Channels stay last in memory, as convolutions on CPUs like it.
         grid = filled.view(n, self.side, self.side, inputs).permute(0, 3, 1, 2)

@@ -153,12 +153,12 @@ def _select(old: Block, new: Block, index: Tensor) -> None:
     if isinstance(old, Attention) and isinstance(new, Attention):
         heads = index[:: old.key_dim] // old.key_dim
         for mine, theirs in zip(new.qkv.parameters(), old.qkv.parameters(), strict=True):
-            copy(mine, theirs.view(old.heads, -1, *theirs.shape[1:])[heads])
+            copy(mine, theirs.view(old.heads, 3 * old.key_dim, -1)[heads])
         copy(new.layout.weight, old.layout.weight[heads])
         copy(new.events, old.events[heads])
     elif isinstance(old, GatedDense) and isinstance(new, GatedDense):
         for mine, theirs in zip(new.both.parameters(), old.both.parameters(), strict=True):
-            copy(mine, theirs.view(2, -1, *theirs.shape[1:])[:, index])
+            copy(mine, theirs.view(2, old.out.in_features, -1)[:, index])
     else:
         for i, (mine, theirs) in enumerate(zip(_convs(new), _convs(old), strict=True)):
             inputs = index if i else slice(None)  # the first reads the state
