@@ -79,7 +79,8 @@ def draw(data: SweepData, pareto: Pareto, path: Path) -> None:
     foot = textwrap.wrap("  ·  ".join(pareto.caption), 160)
     bottom = picture.bottom(len(foot))
     labels = _label_texts(curves)
-    right = 0.78 if labels else 0.98
+    longest = max((len(text) for text in labels.values()), default=0)
+    right = max(0.5, min(0.78, 0.93 - 0.0064 * longest)) if labels else 0.98
     ax = figure.add_axes((0.085, bottom, right - 0.085, 0.825 - bottom))
     picture.frame(figure, ax, "Validation drop while training", pareto.sweep, pareto.headline, foot)
     if any(curve.last for curve in curves):
