@@ -30,14 +30,14 @@ AQ = Sweep(
     trials=[
         Trial("AQ-5", combo="none", keyparams="", alpha=1.0, beta=0),
         Trial("AQ-5", combo="final", keyparams=""),  # the baseline of AQ-1: settings as they are
-        Trial("AQ-5", combo="transformer", keyparams="", transformer=0.1),
-        Trial("AQ-5", combo="rnn", keyparams="", rnn=0.1),
+        Trial("AQ-5", combo="transformer", keyparams="", transformer=0.01),
+        Trial("AQ-5", combo="rnn", keyparams="", rnn=0.01),
         Trial("AQ-5", combo="readout", keyparams="", readout=0.3),
-        Trial("AQ-5", combo="transformer-rnn", keyparams="", transformer=0.1, rnn=0.1),
-        Trial("AQ-5", combo="all", keyparams="", transformer=0.1, rnn=0.1, readout=0.3),  # Stage 1 alone
+        Trial("AQ-5", combo="transformer-rnn", keyparams="", transformer=0.01, rnn=0.01),
+        Trial("AQ-5", combo="all", keyparams="", transformer=0.01, rnn=0.01, readout=0.3),  # Stage 1 alone
         Trial("AQ-5", combo="fused", keyparams="", beta=0, fused=0.7),
-        Trial("AQ-5", combo="stage1-final", keyparams="", transformer=first(0.1), rnn=first(0.1), readout=first(0.3)),
-        Trial("AQ-5", combo="stage1-fused", keyparams="", transformer=first(0.1), rnn=first(0.1), readout=first(0.3),
+        Trial("AQ-5", combo="stage1-final", keyparams="", transformer=first(0.01), rnn=first(0.01), readout=first(0.3)),
+        Trial("AQ-5", combo="stage1-fused", keyparams="", transformer=first(0.01), rnn=first(0.01), readout=first(0.3),
               beta=first(0.7), fused=step(0, 0.7, at=0.5)),
     ],
     comparisons=[

@@ -16,8 +16,8 @@ AQ = Sweep(
     settings=(DECODER_WORKLOAD, DECODER_SIZES, DECODER), starts_from=("AQ2", "aq_stage1_best.pth"),
     trials=[
         Trial("AQ-4", combo="stage2", keyparams="fused", beta=0, fused=0.7, saves="aq_stage2.pth"),
-        Trial("AQ-4", combo="stage2", keyparams="decayed", beta=0, fused=0.7, transformer=linear(0.1, 0),
-              rnn=linear(0.1, 0)),
+        Trial("AQ-4", combo="stage2", keyparams="decayed", beta=0, fused=0.7, transformer=linear(0.01, 0),
+              rnn=linear(0.01, 0)),
     ],
     best="aq_stage2_best.pth", log="aq_stage2.json", sample_cpu_s=0.0003,
 )  # fmt: skip
