@@ -18,8 +18,8 @@ AQ = Sweep(
     settings=(DECODER_WORKLOAD, DECODER_SIZES, DECODER),
     trials=[Trial("AQ-1", combo="KD", keyparams="final", saves="aq_baseline.pth")],
     space=dict(
-        T=uniform(1, 4), alpha=uniform(0, 1), beta=one_of(constant, linear), transformer=one_of(0.0, 0.03, 0.1),
-        rnn=one_of(0.0, 0.03, 0.1), readout=one_of(0.0, 0.1, 0.3), lr=loguniform(2e-3, 2e-2),
+        T=uniform(1, 4), alpha=uniform(0, 1), beta=one_of(constant, linear), transformer=one_of(0.0, 0.003, 0.01),
+        rnn=one_of(0.0, 0.003, 0.01), readout=one_of(0.0, 0.1, 0.3), lr=loguniform(2e-3, 2e-2),
     ),
     search_task="AQ-search", best="aq_baseline_best.pth", log="aq_baseline.json", sample_cpu_s=0.0003,
 )  # fmt: skip

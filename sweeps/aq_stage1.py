@@ -19,7 +19,8 @@ AQ = Sweep(
         Trial("AQ-2", combo="stage1", keyparams="TRO", transformer=0.01, rnn=0.01, readout=0.3, saves="aq_stage1.pth"),
     ],
     space=dict(
-        transformer=loguniform(0.001, 0.1), rnn=loguniform(0.001, 0.1), readout=loguniform(0.03, 1), lr=loguniform(2e-3, 2e-2)
+        transformer=loguniform(0.001, 0.1), rnn=loguniform(0.001, 0.1), readout=loguniform(0.03, 1),
+        lr=loguniform(2e-3, 2e-2),
     ),
     search_task="AQ-2-search", best="aq_stage1_best.pth", log="aq_stage1.json", sample_cpu_s=0.0004,
 )  # fmt: skip
