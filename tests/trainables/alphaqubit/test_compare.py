@@ -11,7 +11,7 @@ from trainables.gates import paired_drop
 
 
 def test_record_holds_the_decoder_beside_others_on_the_same_shots(aq, tmp_path):
-    student = aq.save(tmp_path / "student.pth", aq.domain()._build("student"))
+    student = aq.save(tmp_path / "student.pth", aq.domain().student(inherit=False))
     job = aq.job(student, test_shots=3000)
     found = evaluate.measure_quality(job)
     extra, domain = found["extra"], aq.domain(test_shots=3000)
