@@ -226,15 +226,16 @@ def _words(schedule: Mapping[str, Any]) -> str:
 def _from_best_result(state: TrialState) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where nothing is measured after training, the validation of the saved weights is the result.
 
-    Without a teacher val_drop is the drop against the trial's own best until then: the last one below zero is the
-    epoch whose weights were kept.
+    That is of the last epoch that says it was `kept`; of a trainable that does not say so, the last with a drop below
+    zero, as without a teacher val_drop is the drop against the trial's own best until then.
     """
     rows = [metrics for _, metrics in state.results]
     valid = [row for row in rows if math.isfinite(row.get("val_drop", math.nan))] or rows[-1:]
-    metrics = next((row for row in reversed(valid) if row.get("val_drop", 0.0) < 0), valid[0])
+    kept = (row for row in reversed(valid) if row.get("kept", row.get("val_drop", 0.0) < 0))
+    metrics = next(kept, valid[0])
     own = {"drop": metrics.get("val_drop"), "quality": metrics.get("val_quality")}
     own |= {key: value for key, value in metrics.items() if key in OWN_FIELDS}
-    skip = {"val_drop", "val_quality", "epoch_s"}
+    skip = {"val_drop", "val_quality", "epoch_s", "kept"}
     return own, {key: value for key, value in metrics.items() if key not in OWN_FIELDS and key not in skip}
 
 

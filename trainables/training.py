@@ -117,10 +117,15 @@ class Training(Trainable):
         metrics |= self.validate()
         quality = metrics["val_quality"]
         better = math.isnan(self.best) or (quality < self.best if self.lower_is_better else quality > self.best)
-        if better and math.isfinite(quality):
+        better = better and math.isfinite(quality)
+        if better:
             self.best = quality
             checkpoint.save(self.folder / "best.pth", self.exported())
-        metrics |= {"seconds_train": trained - started, "seconds_val": time.perf_counter() - trained}
+        metrics |= {
+            "kept": float(better),
+            "seconds_train": trained - started,
+            "seconds_val": time.perf_counter() - trained,
+        }
         metrics["cpu_s"] = time.process_time() - cpu
         checkpoint.save(self.folder / "state.pt", {**self._state(), "metrics": metrics})
         return {"epoch": self.epoch, **metrics}

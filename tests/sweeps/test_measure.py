@@ -43,11 +43,18 @@ def test_no_late_rise_without_epochs_intervals_or_numbers() -> None:
 
 
 def test_without_measuring_the_record_is_of_the_epoch_whose_weights_were_kept() -> None:
-    """val_drop is against the best until then, so that a big step early on is lower than the best epoch's."""
-    own, _ = measure._from_best_result(curve(0.0, -0.5, 0.1, -0.01, 0.3))
-    assert own["quality"] == 4.0 and own["drop"] == -0.01
-    assert measure._from_best_result(curve(0.0, 0.2, math.nan))[0]["quality"] == 1.0
-    assert measure._from_best_result(curve(math.nan))[0]["quality"] == 1.0
+    """Also where every drop is against a teacher, and above 0: the probes of a fusion."""
+    for drops, kept, quality in (
+        ((0.0, -0.5, 0.1, -0.01, 0.3), (1, 1, 0, 1, 0), 4.0),
+        ((0.6, 0.4, 0.5), (1, 1, 1), 3.0),  # the cross entropy chose, not the error rate
+        ((0.0, 0.2, math.nan), (1, 0, 0), 1.0),
+        ((math.nan,), (0,), 1.0),
+    ):
+        state = curve(*drops)
+        for (_, metrics), flag in zip(state.results, kept, strict=True):
+            metrics["kept"] = float(flag)
+        own, extra = measure._from_best_result(state)
+        assert own["quality"] == quality and "kept" not in extra
 
 
 def test_a_baseline_passes_when_every_number_is_there() -> None:
