@@ -58,6 +58,7 @@ def connect(address: str | None) -> Iterator[Cluster]:
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    before = os.environ.get("RAY_AUTH_MODE")
     if address is not None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         _check_token()
@@ -99,8 +100,12 @@ def connect(address: str | None) -> Iterator[Cluster]:
         yield Cluster(slots=max(1, slots), gpus=gpus)
     finally:
         ray.shutdown()
-        if address is None:
-            del os.environ["RAY_AUTH_TOKEN"]
+        if address is None:  # what else this process may do with Ray has nothing to do with our token
+            del os.environ["RAY_AUTH_TOKEN"], os.environ["RAY_AUTH_MODE"]
+            if before is not None:
+                os.environ["RAY_AUTH_MODE"] = before
+            Config.initialize("")
+            AuthenticationTokenLoader.instance().reset_cache()
 
 
 def cores() -> int:
