@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray import tune
 
+from sweeps.cluster import connect
 from sweeps.scheduler import StopLossScheduler
 from sweeps.stoploss import StopLossRule
 
@@ -50,9 +50,8 @@ class Replay(tune.Trainable):
 def cluster() -> Iterator[None]:
     # At Ray's niceness of 15 a busy machine starves the workers.
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_worker_niceness="0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with connect(None):  # whatever an earlier test left of Ray's token in this process
+        yield
 
 
 class Sweep:
