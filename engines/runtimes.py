@@ -7,7 +7,8 @@ alike, and has finished when it returns. A further engine is a class with the fo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -171,7 +172,10 @@ class OnnxRuntime:
         if session.get_providers()[0] != provider:
             raise InputError(f"device={device!r} is not available: onnxruntime could not start {provider}; use 'cpu'")
         self._session: ort.InferenceSession | None = session
-        self._inputs = [(i.name, i.shape, NUMPY_DTYPES.get(i.type)) for i in session.get_inputs()]
+        self._sides = {
+            side: [(one.name, one.shape, NUMPY_DTYPES.get(one.type)) for one in nodes]
+            for side, nodes in (("input", session.get_inputs()), ("output", session.get_outputs()))
+        }
         self._path = path
 
     @staticmethod
@@ -190,22 +194,47 @@ class OnnxRuntime:
 
     def run(self, inputs: Arrays) -> Arrays:
         """Run the model on host arrays. InputError unless number, shapes and dtypes are those of the file."""
+        return tuple(np.asarray(y) for y in self._open().run(None, self._named("input", inputs)))
+
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Callable[[], None]:
+        """A call that reads `inputs` and writes `outputs` in place, on the CPU: no copy and no check per call.
+
+        C-contiguous arrays of the file's shapes and dtypes, else InputError; none may be on both sides.
+        """
+        session = self._open()
+        binding = session.io_binding()
+        for side, arrays in (("input", inputs), ("output", outputs)):
+            bind = getattr(binding, f"bind_{side}")
+            for name, array in self._named(side, arrays).items():
+                if not array.flags.c_contiguous:
+                    raise InputError(f"{self._path}: {side} {name!r} is not C-contiguous: give numpy.ascontiguousarray")
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        call = partial(session.run_with_iobinding, binding)
+        call.arrays = (inputs, outputs)  # type: ignore[attr-defined]  # ONNX Runtime holds their addresses alone
+        return call
+
+    def _open(self) -> ort.InferenceSession:
         if self._session is None:
             raise RuntimeError(f"{self._path}: this runtime is closed")
-        if len(inputs) != len(self._inputs):
-            raise InputError(f"{self._path} takes {len(self._inputs)} inputs, got {len(inputs)}")
-        feed = {}
-        for array, (name, shape, dtype) in zip(inputs, self._inputs, strict=True):
+        return self._session
+
+    def _named(self, side: str, arrays: Arrays) -> dict[str, Array]:
+        """The arrays by the names of the file's inputs or outputs, whose shapes and dtypes they must have."""
+        expected = self._sides[side]
+        if len(arrays) != len(expected):
+            raise InputError(f"{self._path} takes {len(expected)} {side}s, got {len(arrays)}")
+        named = {}
+        for array, (name, shape, dtype) in zip(arrays, expected, strict=True):
             same = len(shape) == array.ndim and all(
                 not isinstance(want, int) or want == got for want, got in zip(shape, array.shape, strict=True)
             )
             if not same or (dtype is not None and array.dtype != dtype):
                 raise InputError(
-                    f"{self._path}: input {name!r} is {array.dtype}{list(array.shape)}, expected "
+                    f"{self._path}: {side} {name!r} is {array.dtype}{list(array.shape)}, expected "
                     f"{np.dtype(dtype) if dtype else 'its type'}{list(shape)}; the exported shapes are fixed"
                 )
-            feed[name] = array
-        return tuple(np.asarray(y) for y in self._session.run(None, feed))
+            named[name] = array
+        return named
 
     def close(self) -> None:
         """Release the session's memory and threads."""

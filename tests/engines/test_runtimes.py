@@ -54,6 +54,25 @@ def test_both_runtimes_compute_the_same(net: Net, onnx_file: Path) -> None:
     assert [r.name for r in runtimes] == ["torch", "onnxruntime"]
 
 
+def test_bound_arrays_are_read_and_written_in_place(onnx_file: Path) -> None:
+    runtime = OnnxRuntime(onnx_file, "cpu", 1)
+    x, y, best = inputs()[0], np.zeros((3, 4), np.float32), np.zeros(3, np.int64)
+    call = runtime.bind((x,), (y, best))
+    for seed in (1, 2):
+        x[:] = inputs(seed)[0]
+        call()
+        for own, expected in zip((y, best), runtime.run((x,)), strict=True):
+            np.testing.assert_array_equal(own, expected)
+    for sides, said in (
+        (((x,), (y,)), "takes 2 outputs, got 1"),
+        (((x,), (y[:2], best)), r"output 'y' is float32\[2, 4\], expected .*\[3, 4\]"),
+        (((x,), (y, best.astype(np.int32))), "output 'best' is int32"),
+        (((np.asfortranarray(x),), (y, best)), "input 'x' is not C-contiguous"),
+    ):
+        with pytest.raises(InputError, match=said):
+            runtime.bind(*sides)
+
+
 def test_torch_threads_hold_for_the_call_only(net: Net) -> None:
     before = torch.get_num_threads()
     for threads in (1, 2, 3):

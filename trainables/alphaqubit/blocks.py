@@ -1,6 +1,6 @@
 """Parts of the decoder: attention with layout bias and event features, gated dense block, convolutions on the grid.
 
-Everywhere N is the number of shots, S of stabilizers, D the channels of a state, H heads, K channels per head. What
+Everywhere S is the number of stabilizers, D the channels of a state, H heads, K channels per head. What
 depends on weights alone (bias tables, a convolution as one matrix) is made once per forward pass by a ``constants``
 method, not once per round. Norms have no weights of their own: a linear layer follows each, which can scale as well.
 """
@@ -128,13 +128,13 @@ class Attention(nn.Module):
         return bias
 
     def forward(self, x: Tensor, codes: Tensor, const: AttentionConstants) -> Tensor:
-        """x (N, S, D), codes (N, S) int32 in 0..3 -> (N, S, D)."""
-        n, s, k = x.shape[0], x.shape[1], self.key_dim
+        """x (..., S, D), codes (..., S) int32 in 0..3 -> (..., S, D)."""
+        k = self.key_dim
         packed = self.packed(normed(x), const.weight) + F.embedding(codes, const.events)
-        heads = packed.view(n, s, self.heads, -1).transpose(1, 2).contiguous()
+        heads = packed.view(*x.shape[:-1], self.heads, -1).transpose(-3, -2).contiguous()
         q, key, value = torch.split(heads, [k + _EVENTS, k + _EVENTS, k], dim=-1)
-        share = softmax(q @ key.transpose(2, 3) + const.bias)
-        mixed = (share @ value).transpose(1, 2).reshape(n, s, self.heads * k)
+        share = softmax(q @ key.transpose(-2, -1) + const.bias)
+        mixed = (share @ value).transpose(-3, -2).reshape(*x.shape[:-1], self.heads * k)
         result: Tensor = x + self.out(mixed)
         return result
 
@@ -148,7 +148,7 @@ class GatedDense(nn.Module):
         self.out = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, S, D) -> (N, S, D)."""
+        """(..., S, D) -> (..., S, D)."""
         a, gate = self.both(normed(x)).chunk(2, dim=-1)
         result: Tensor = x + self.out(F.gelu(a) * gate)
         return result
@@ -164,8 +164,8 @@ class ConvConstants(NamedTuple):
 class GridConv(nn.Module):
     """Scatter the stabilizers to the (d+1) x (d+1) grid, convolve, gather.
 
-    kernel 3: dilated, zeros beyond the grid, (N, S, in) -> (N, S, out). kernel 2: to the d x d data qubits between the
-    cells, (N, S, in) -> (N, d^2, out). Cells of the grid without a stabilizer hold a learned vector.
+    kernel 3: dilated, zeros beyond the grid, (..., S, in) -> (..., S, out). kernel 2: to the d x d data qubits between
+    the cells, (..., S, in) -> (..., d^2, out). Cells of the grid without a stabilizer hold a learned vector.
     dense: as one matrix, which small codes do faster; else a convolution over all cells, both with the same result.
     """
 
@@ -227,18 +227,21 @@ class GridConv(nn.Module):
         return ConvConstants(matrix, (self.padded @ (self.padding @ kernels) + self.bias).flatten())
 
     def forward(self, x: Tensor, const: ConvConstants | None) -> Tensor:
-        """(N, S, in) -> (N, cells out, out)."""
-        n, _, inputs = x.shape
+        """(..., S, in) -> (..., cells out, out)."""
+        *shots, stabilizers, inputs = x.shape
         if const is not None:
-            product: Tensor = self.product(x.reshape(n, -1), const.matrix, const.bias)
-            return product.view(n, -1, len(self.bias))
+            product: Tensor = self.product(x.reshape(-1, stabilizers * inputs), const.matrix, const.bias)
+            return product.view(*shots, -1, len(self.bias))
+        x = x.reshape(-1, stabilizers, inputs)
+        n = len(x)
         filled = torch.cat((x, self.padding.expand(n, 1, inputs)), dim=1).index_select(1, self.scatter)
         # Channels stay last in memory, as convolutions on CPUs like it.
         grid = filled.view(n, self.side, self.side, inputs).permute(0, 3, 1, 2)
         edge = self.dilation if self.kernel == 3 else 0
         out = F.conv2d(grid, self.weight, self.bias, padding=edge, dilation=self.dilation)
         cells = out.permute(0, 2, 3, 1).reshape(n, -1, len(self.bias))
-        return cells.index_select(1, self.gather) if self.kernel == 3 else cells
+        cells = cells.index_select(1, self.gather) if self.kernel == 3 else cells
+        return cells.view(*shots, -1, len(self.bias))
 
 
 class Convolutions(nn.Module):
@@ -260,7 +263,7 @@ class Convolutions(nn.Module):
         return [conv.constants() for conv in self.convs]  # type: ignore[operator]
 
     def forward(self, x: Tensor, const: list[ConvConstants | None]) -> Tensor:
-        """(N, S, D) -> (N, S, D)."""
+        """(..., S, D) -> (..., S, D)."""
         y = F.gelu(self.convs[0](normed(x), const[0]))
         for conv, own in zip(list(self.convs)[1:], const[1:], strict=True):
             y = y + F.gelu(conv(normed(y), own))

@@ -87,7 +87,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, codes: Tensor, attention: AttentionConstants, grid: list[ConvConstants | None]
     ) -> tuple[Tensor, Tensor]:
-        """x (N, S, D), codes (N, S) int32 in 0..3 -> the state after the layer and after its attention alone."""
+        """x (..., S, D), codes (..., S) int32 in 0..3 -> the state after the layer and after its attention alone."""
         mixed = self.attention(x, codes, attention)
         return self.grid(self.dense(mixed), grid), mixed
 

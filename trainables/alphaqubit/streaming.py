@@ -1,7 +1,9 @@
 """Streaming decoding: one round at a time by ONNX Runtime, as the measurements come in.
 
-The step's graph takes the state (1, S, D) float32 and a round's bits (1, S) int32 and gives the next state; a second
-graph reads the logits (1, K) from a state, after any round. What depends on weights alone is computed at export.
+The step's graph takes the state (S, D) float32 and a round's codes (S,) int32 and gives the next state; a second graph
+reads the logits (1, K) from a state, after any round. What depends on weights alone is computed at export. At batch 1 a
+step costs what its operators cost to start, so there is no batch axis (products of two axes need no reshaping), and
+state and codes stay in arrays that the graph reads and writes in place.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class Step(nn.Module):
         self.first = torch.arange(0, CODES * decoder.stabilizers, CODES, dtype=torch.int32)
 
     def forward(self, state: Tensor, codes: Tensor) -> Tensor:
-        """(1, S, D), (1, S) int32 in 0..15 -> (1, S, D)."""
+        """(S, D), (S,) int32 in 0..15 -> (S, D)."""
         x = torch.add(F.embedding(codes + self.first, self.table), state, alpha=math.sqrt(0.5))
         for layer, attention, grid in zip(self.layers, self.attention, self.grids, strict=True):
             assert isinstance(layer, Layer)
@@ -58,15 +60,15 @@ class Read(nn.Module):
         self.decoder = decoder
 
     def forward(self, state: Tensor) -> Tensor:
-        """(1, S, D) -> (1, K)."""
-        return self.decoder.read(state, self.const)
+        """(S, D) -> (1, K)."""
+        return self.decoder.read(state[None], self.const)
 
 
 def export(decoder: Decoder, folder: Path) -> tuple[Path, Path]:
     """Write step.onnx (state, codes -> next_state) and read.onnx (state -> logits), checked against torch."""
     plain = without_training_heads(decoder).eval()
-    state = torch.randn(1, plain.stabilizers, plain.config["dim"], generator=torch.Generator().manual_seed(0))
-    codes = torch.arange(plain.stabilizers, dtype=torch.int32)[None] % CODES
+    state = torch.randn(plain.stabilizers, plain.config["dim"], generator=torch.Generator().manual_seed(0))
+    codes = torch.arange(plain.stabilizers, dtype=torch.int32) % CODES
     step, read = folder / STEP, folder / READ
     with torch.no_grad():
         export_onnx(Step(plain), (state, codes), step, ["state", "codes"], ["next_state"])
@@ -82,16 +84,21 @@ class Streaming:
     """
 
     def __init__(self, decoder: Decoder, threads: int = 1) -> None:
-        self._shape = (1, decoder.stabilizers, int(decoder.config["dim"]))
+        shape = (decoder.stabilizers, int(decoder.config["dim"]))
         with TemporaryDirectory(prefix="slimsweep_stream_") as folder:
-            step, read = export(decoder, Path(folder))
-            self._step, self._read = (OnnxRuntime(path, "cpu", threads) for path in (step, read))
+            step, self._read = (OnnxRuntime(path, "cpu", threads) for path in export(decoder, Path(folder)))
+        self._codes = np.zeros(shape[0], np.int32)
+        self._before, self._now = np.zeros_like(self._codes), np.zeros_like(self._codes)
+        self._state, self._next = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        # There and back: what one round writes the next one reads.
+        there, back = ((self._state, self._codes), (self._next,)), ((self._next, self._codes), (self._state,))
+        self._step, self._turn = step.bind(*there), step.bind(*back)
         self.start()
 
     def start(self) -> None:
         """Begin a shot."""
-        self._state = np.zeros(self._shape, np.float32)
-        self._before = np.zeros(self._shape[1], np.int32)
+        self._state.fill(0)
+        self._before.fill(0)
         self._ended = False
 
     def push(self, events: np.ndarray, measurements: np.ndarray, last: bool = False) -> None:
@@ -103,10 +110,19 @@ class Streaming:
             )
         if self._ended:
             raise InputError("push after the last round: call start() for the next shot")
-        now = events.astype(np.int32)
-        codes = 4 * measurements.astype(np.int32) + 2 * now + self._before
-        self._state = self._step.run((self._state, (codes + 8 if last else codes)[None]))[0]
-        self._before, self._ended = now, last
+        codes, now = self._codes, self._now
+        codes[:], now[:] = measurements, events
+        codes += codes
+        codes += now
+        codes += codes
+        codes += self._before
+        if last:
+            codes += 8
+        self._step()
+        self._before, self._now = now, self._before
+        self._state, self._next = self._next, self._state
+        self._step, self._turn = self._turn, self._step
+        self._ended = last
 
     def logits(self) -> np.ndarray:
         """(K,) after the rounds so far; a decision about the shot once the last one is in."""
