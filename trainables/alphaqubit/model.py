@@ -189,9 +189,12 @@ class Decoder(nn.Module):
         const = self.constants() if constants is None else constants
         inputs, codes = self._inputs(events, measurements, const)
         state = self.initial_state(len(events))
+        alone = len(events) == 1
+        if alone:  # without that axis products have two axes, which engines do not reshape first
+            state, inputs, codes = state[0], tuple(x[0] for x in inputs), tuple(code[0] for code in codes)
         for x, code in zip(inputs, codes, strict=True):
             state, _ = self._round(state, x, code, const)
-        return self.read(state, const)
+        return self.read(state[None] if alone else state, const)
 
     def features(self, events: Tensor, measurements: Tensor) -> dict[str, Tensor]:
         """'logits' (N, K) as :meth:`forward`, and what they came from, one entry per layer of detectors.
