@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engines.errors import InputError
 from engines.policy import Choice
 from engines.qdq import Float
 
@@ -132,18 +131,6 @@ def check_precision(layers: Sequence[EngineLayer], chosen: Sequence[Choice], kep
         violations=tuple(violations),
         missing=tuple(sorted(missing)),
     )
-
-
-def require_precision(report: PrecisionReport, label: str) -> None:
-    """Raise InputError unless all eligible products are int8 and no kept layer is; `label` names the engine."""
-    for what, names in (
-        ("not INT8 though the policy asks for it", report.not_int8),
-        ("on the keep-list but in lower precision", report.violations),
-        ("not to be found", report.missing),
-    ):
-        if names:
-            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{label}: in the engine {names[0]}{others} is {what}; change the policy's keep-list")
 
 
 def _computing(layers: Sequence[EngineLayer]) -> list[EngineLayer]:
