@@ -24,9 +24,8 @@ def params_M(model: torch.nn.Module) -> float:
     """Parameters in millions, each tied tensor once (one Parameter used twice, or two that share memory)."""
     counted: dict[object, int] = {}
     for p in model.parameters():
-        # Tensors on the meta device have no memory (pointer 0): there only the object can tell.
-        key = (p.device, p.data_ptr(), p.shape, p.stride()) if p.data_ptr() else id(p)
-        counted[key] = p.numel()
+        # A storage has an identity without memory too (meta device, fake tensors).
+        counted[p.untyped_storage()._cdata, p.storage_offset(), p.shape, p.stride()] = p.numel()
     return sum(counted.values()) / 1e6
 
 

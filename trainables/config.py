@@ -99,7 +99,7 @@ Weight = Annotated[Any, AfterValidator(_weight)]  # of a loss term: a number or 
 
 
 class LearningSettings(Settings):
-    """How long anything is trained, and by which optimiser."""
+    """How long anything is trained, by which optimiser, and in how much memory."""
 
     epochs: Count = 20
     samples_per_epoch: Count = 40960
@@ -109,6 +109,18 @@ class LearningSettings(Settings):
     lr_end: float = Field(0.01, ge=0, le=1)
     lr_warmup: float = Field(0.03, ge=0, lt=1)
     weight_decay: NotNegative = 1e-5
+    precision: Literal["float32", "bfloat16"] = "float32"
+    accumulate: Count = 1
+    checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _pieces(self) -> Self:
+        # Both directions of a pair of images stay together.
+        if self.batch_size % self.accumulate or (self.accumulate > 1 and self.batch_size // self.accumulate % 2):
+            raise ValueError(
+                f"accumulate={self.accumulate} must cut batch_size={self.batch_size} into equal pieces of an even size"
+            )
+        return self
 
 
 class TrainingSettings(LearningSettings):
@@ -146,6 +158,8 @@ class DistillSettings(TrainingSettings):
     dec_depth: Ratio | None = None
     heads: Ratio = 0.7
     ffn: Ratio = 0.7
+    head: Ratio = 1.0
+    shared_head: bool = False
     init: Literal["inherit", "scratch"] = "inherit"
 
 

@@ -19,7 +19,8 @@ import torch
 from ray.tune import Trainable
 from torch import Tensor, nn
 
-from trainables import checkpoint, fast_linear
+from trainables import checkpoint, fast_linear, recompute
+from trainables.domain import Domain
 from trainables.optimizer import Optimizer
 
 Batch = dict[str, Tensor]
@@ -39,11 +40,12 @@ class Training(Trainable):
     config: trial_id, state_dir, domain, params, settings, seed (all plain data; see sweeps/launch.py).
     """
 
+    domain: Domain
     model: nn.Module
     trained: nn.ModuleList  # the model and whatever else is trained with it
 
     def build(self) -> None:
-        """Set self.model and self.trained from self.config."""
+        """Set self.domain, self.model and self.trained from self.config."""
         raise NotImplementedError
 
     def batches(self, epoch: int) -> Iterator[Batch]:
@@ -89,6 +91,8 @@ class Training(Trainable):
         """Make self.trained trainable: on its device, fast, with a fresh optimiser."""
         self.trained.to(self.device)
         fast_linear.install(self.trained)
+        if self.settings["checkpointing"]:
+            recompute.install(self.trained, self.domain.blocks)
         self.optimizer = Optimizer(self.trained, self.settings["optimizer"], self.settings["weight_decay"])
 
     def _seed_all(self) -> None:
@@ -149,13 +153,23 @@ class Training(Trainable):
         return {**means, "lr": self.optimizer.rate, "seconds_data": waited}
 
     def train_step(self, batch: Batch, step: int, total: int) -> dict[str, Tensor]:
-        """One optimiser step, number `step` of `total`; the loss and its parts, on the graph's device."""
-        rate = self.rate(step, total)
-        loss, parts = self.loss(batch, step / total)
-        torch.autograd.backward(loss)
+        """One optimiser step, number `step` of `total`; the loss and its parts, on the graph's device.
+
+        With `accumulate` the batch goes through in so many equal pieces, whose gradients are averaged.
+        """
+        rate, pieces = self.rate(step, total), self.settings["accumulate"]
+        size = self.settings["batch_size"] // pieces
+        means: dict[str, Tensor] = {}
+        for start in range(0, size * pieces, size):
+            piece = {name: value[start : start + size] for name, value in batch.items()} if pieces > 1 else batch
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
+                loss, parts = self.loss(piece, step / total)
+            torch.autograd.backward(loss / pieces)
+            for name, value in {"loss": loss, **parts}.items():
+                means[name] = means.get(name, 0) + value.detach() / pieces
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step(rate)
-        return {"loss": loss, **parts}
+        return means
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of step number `step` of `total`."""

@@ -35,6 +35,7 @@ SETTINGS = {
     **{"epochs": 3, "samples_per_epoch": 24, "train_samples": 40, "batch_size": 8, "lr": 2e-3, "lr_end": 0.01},
     "peers": False,
     **{"optimizer": "muon", "lr_warmup": 0.1, "weight_decay": 0.01, "alpha": 1.0, "T": 3.0, "beta": 0.5, "gamma": 0.0},
+    **{"precision": "float32", "accumulate": 1, "checkpointing": False},
     **{"depth": 0.7, "heads": 0.7, "ffn": 0.7, "init": "inherit"},
 }
 CLOCKS = ("seconds_train", "seconds_val", "seconds_data", "cpu_s")

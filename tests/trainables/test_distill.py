@@ -222,3 +222,38 @@ def test_pretraining_drop_is_the_rise_above_its_own_best(tiny, monkeypatch):
     reports = steps(trial, 4)
     assert [report["val_drop"] for report in reports[:3]] == pytest.approx([0, -0.2, 0.5])
     assert math.isnan(reports[3]["val_drop"])
+
+
+def test_less_memory_is_the_same_training(tiny):
+    """Activations that are computed again, and batches in pieces, change a curve by rounding alone; 16 bits by more."""
+    curves = {}
+    for name, change in {
+        "plain": {}, "checkpointing": {"checkpointing": True}, "accumulate": {"accumulate": 2},
+        "bfloat16": {"precision": "bfloat16"},
+    }.items():  # fmt: skip
+        trial = Distill(tiny.config(name, {"gamma": 0.1, **change}))
+        curves[name] = [report["train_loss"] for report in steps(trial, 2)]
+        assert all(weight.dtype == torch.float32 for weight in trial.trained.parameters())
+    assert curves["checkpointing"] == pytest.approx(curves["plain"], rel=1e-6)
+    assert curves["accumulate"] == pytest.approx(curves["plain"], rel=1e-3)
+    assert curves["bfloat16"] == pytest.approx(curves["plain"], rel=0.05) and curves["bfloat16"] != curves["plain"]
+
+
+def test_checkpointed_blocks_keep_less(tiny):
+    def kept(trial):
+        sizes = {}
+
+        def pack(tensor):
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            held.append(tensor)
+            return tensor
+
+        held = []
+        batch = next(iter(trial.batches(1)))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            trial.model.train()
+            trial.loss(batch, 0.0)
+        return sum(sizes.values())
+
+    plain, checked = (Distill(tiny.config(str(on), {"checkpointing": on})) for on in (False, True))
+    assert kept(checked) < 0.75 * kept(plain)

@@ -15,6 +15,7 @@ from trainables.ship import ship
 SETTINGS = {
     **{"primary": "ler", "workload_seed": 1, "val_shots": 200, "test_shots": 300, "p": 0.02},
     **{"epochs": 2, "samples_per_epoch": 128, "batch_size": 64, "optimizer": "adamw", "lr": 5e-3, "lr_end": 0.01},
+    **{"precision": "float32", "accumulate": 1, "checkpointing": False},
     **{"lr_warmup": 0.1, "weight_decay": 0.0, "train_p": 0.02, "seed": 3},
 }
 

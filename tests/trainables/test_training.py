@@ -55,6 +55,7 @@ class Higher(Noisy):
 def config(tmp_path):
     def make(name, seed=3, **params):
         settings = {"epochs": 4, "samples_per_epoch": 40, "batch_size": 8, "lr": 1e-2, "lr_end": 0.01}
+        settings |= {"precision": "float32", "accumulate": 1, "checkpointing": False}
         return {
             **{"trial_id": name, "domain": "none", "params": params, "seed": seed, "state_dir": str(tmp_path / name)},
             "settings": {**settings, "lr_warmup": 0.1, "optimizer": "adamw", "weight_decay": 0.1},
@@ -201,3 +202,15 @@ def test_learning_rate():
     assert all(a < b for a, b in pairwise(rates[:101])) and all(a > b for a, b in pairwise(rates[100:]))
     assert max(abs(a - b) for a, b in pairwise(rates)) < 0.006, "no jump"
     assert learning_rate(0.0, 0.5, 0.02, 0.0) == 0.5
+
+
+def test_a_batch_in_pieces_makes_the_same_step(config):
+    """The loss is a mean over samples, so the mean of the pieces' gradients is that of the batch."""
+    whole, pieces = Noisy(config("whole")), Noisy(config("pieces"))
+    pieces.settings["accumulate"] = 4
+    for trial in (whole, pieces):
+        trial.model[2].p = 0.0  # dropout would draw once per piece
+    for _ in range(2):
+        expected, found = whole.step(), pieces.step()
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+        assert found["val_quality"] == pytest.approx(expected["val_quality"], rel=1e-4)

@@ -31,7 +31,7 @@ from trainables.alphaqubit.decisions import SHIPPED
 from trainables.alphaqubit.deployed import Deployed
 from trainables.alphaqubit.fusion import FusedTeacher, cached_probes, load_probes
 from trainables.alphaqubit.layout import BOTH
-from trainables.alphaqubit.model import Decoder, build, without_training_heads
+from trainables.alphaqubit.model import Decoder, Layer, build, without_training_heads
 from trainables.alphaqubit.prune import narrowed, partway, prune
 from trainables.alphaqubit.sampler import Sampler, fixed_shots
 from trainables.alphaqubit.settings import (
@@ -65,6 +65,7 @@ class AlphaQubit:
 
     shipped = SHIPPED
     group = 1
+    blocks = (Layer,)
     lower_is_better = True
 
     def __init__(self, settings: Mapping[str, Any], seed: int, cache: Path | None = None) -> None:

@@ -38,10 +38,11 @@ class Config:
     img_size (H, W) in pixels matters only for pos_embed 'cosine', whose tables are fixed; 'RoPE<base>' takes
     every size that the patch size divides. hooks index the decoder's list [encoder output, block 1, ...,
     block n]. enc_head_dim, dec_head_dim: channels per head (default embed_dim / heads); enc_mlp_hidden,
-    dec_mlp_hidden: feed-forward width (default 4 * embed_dim). layers: of a pruned model, heads of every
-    attention and channels of every feed-forward part, one per layer and instead of the numbers for all layers,
-    e.g. {"enc_blocks.attn": (5, 4), "dec_blocks2.mlp": (384, 512), ...} with every part of every stack; its
-    embeddings may be narrower than heads times head width. Raises InputError that lists all bad values.
+    dec_mlp_hidden: feed-forward width (default 4 * embed_dim). shared_head: one head serves both views. layers: of a
+    pruned model, heads of every attention and channels of every feed-forward part, one per layer and instead of the
+    numbers for all layers, e.g. {"enc_blocks.attn": (5, 4), "dec_blocks2.mlp": (384, 512), ...} with every part of
+    every stack; its embeddings may be narrower than heads times head width. Raises InputError that lists all bad
+    values.
     """
 
     output_mode: str = "pts3d"
@@ -67,6 +68,7 @@ class Config:
     dec_head_dim: int | None = None
     enc_mlp_hidden: int | None = None
     dec_mlp_hidden: int | None = None
+    shared_head: bool = False
     layers: Mapping[str, tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +92,8 @@ class Config:
         ]
         if self.head_type not in ("linear", "dpt"):
             bad.append(f"head_type={self.head_type!r} is not supported, use 'linear' or 'dpt'")
+        if self.feature_dim % 2:
+            bad.append(f"feature_dim={self.feature_dim} must be even: the head ends in half of it")
         sizes = ["patch_size", "feature_dim", "last_dim"]
         parts = ("embed_dim", "depth", "num_heads", "head_dim", "mlp_hidden")
         sizes += [f"{side}_{part}" for side in ("enc", "dec") for part in parts]

@@ -66,6 +66,7 @@ class Dust3r:
 
     shipped = SHIPPED
     group = 2  # both directions of a pair of images
+    blocks = (blocks.EncoderBlock, blocks.DecoderBlock)
 
     def __init__(self, settings: Mapping[str, Any], seed: int, cache: Path | None = None) -> None:
         """cache: not needed here, the teacher is a file."""
@@ -97,7 +98,7 @@ class Dust3r:
         teacher = self.teacher()
         d = self.distill
         student = from_reference_config(
-            **inheritance.student_config(teacher.config, d.depth, d.heads, d.ffn, d.dec_depth)
+            **inheritance.student_config(teacher.config, d.depth, d.heads, d.ffn, d.dec_depth, d.head, d.shared_head)
         )
         if inherit:
             inheritance.inherit(teacher, student, self._calibration(CALIBRATION_PAIRS))
@@ -107,7 +108,10 @@ class Dust3r:
         """Hash of the teacher's weights, the ratios, the inheriting code and the calibration pairs."""
         d = self.distill
         return _digest(
-            model_hash(self.teacher()), d.depth, d.dec_depth, d.heads, d.ffn, self.data_id(), CALIBRATION_PAIRS
+            model_hash(self.teacher()),
+            (d.depth, d.dec_depth, d.heads, d.ffn, d.head, d.shared_head),
+            self.data_id(),
+            CALIBRATION_PAIRS,
         )
 
     def pruned(self, model: nn.Module, share: float) -> DUSt3R:

@@ -6,6 +6,7 @@ Sub-module names follow the published checkpoints; ``scratch.layer_rn.{0-3}`` ar
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,3 +128,62 @@ class DPTHead(nn.Module):
         """Raw maps (B, H, W, channels)."""
         out: Tensor = self.dpt(tokens, grid).permute(0, 2, 3, 1)
         return out
+
+
+def _channels(name: str) -> tuple[str | None, str | None]:
+    """The channels that a tensor of a DPTHead's state makes and reads, by a name that all tensors on them share.
+
+    Maps 0 to 3 come from the tokens ("map"); fusion runs from stream 3 down to 0, each of which a map enters and the
+    coarser block ends in; None = of the outside, which no cut touches.
+    """
+    _, part, *rest = name.split(".")
+    if part == "act_postprocess":
+        own = f"map{rest[0]}"
+        return own, None if rest[1] == "0" else own
+    if part == "head":
+        return {"0": ("half", "fused"), "2": ("last", "half"), "4": (None, "last")}[rest[0]]
+    if rest[0].startswith("layer"):  # layer_rn.0 is layer1_rn
+        level = int(rest[1]) if rest[0] == "layer_rn" else int(rest[0][5]) - 1
+        return f"stream{level}", f"map{level}"
+    level = int(rest[0].removeprefix("refinenet")) - 1
+    if rest[1] == "out_conv":
+        return f"stream{level - 1}" if level else "fused", f"stream{level}"
+    inner = f"{level}{rest[1]}"
+    return (inner, f"stream{level}") if rest[2] == "conv1" else (f"stream{level}", inner)
+
+
+def _axes(name: str, weight: Tensor) -> tuple[int, int]:
+    """Which axes of a convolution's weight are the channels that it makes and reads."""
+    transposed = name in ("dpt.act_postprocess.0.1.weight", "dpt.act_postprocess.1.1.weight")
+    return (1, 0) if transposed else (0, 1)
+
+
+@torch.no_grad()
+def narrowed(head: nn.Module, cut: nn.Module) -> dict[str, Tensor]:
+    """The state of `cut`, a narrower DPTHead: of `head` the channels with the largest weights.
+
+    A channel counts by the mean magnitude of the weights that make it and read it, over all tensors that share it,
+    each relative to its tensor's mean.
+    """
+    state, target = head.state_dict(), cut.state_dict()
+    score: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
+    for name, weight in state.items():
+        if weight.ndim < 2:
+            continue
+        for group, axis in zip(_channels(name), _axes(name, weight), strict=True):
+            if group is not None:
+                strength = weight.abs().mean([i for i in range(weight.ndim) if i != axis])
+                score[group] = score.get(group, 0) + strength / strength.mean().clamp(min=1e-12)
+                sizes[group] = target[name].shape[axis]
+    keep = {group: own.topk(sizes[group]).indices.sort().values for group, own in score.items()}
+    narrow = {}
+    for name, weight in state.items():
+        makes, reads = _channels(name)
+        made, read = _axes(name, weight)
+        if makes is not None:
+            weight = weight.index_select(made if weight.ndim > 1 else 0, keep[makes])
+        if reads is not None and weight.ndim > 1:
+            weight = weight.index_select(read, keep[reads])
+        narrow[name] = weight.clone()
+    return narrow

@@ -8,7 +8,8 @@ entrance of the next kept layer, so that it also makes up for the layers dropped
 ridge the full-width optimum is W = H^-1 A'(h - x). Heads and channels leave in the order in which that raises
 the error least once all others are refitted: group g costs tr(W_g' (H^-1_gg)^-1 W_g) (the optimal brain
 surgeon). The survivors' refit is the student's projection; queries, keys, values and first feed-forward layers
-are the teacher's rows. The decoder's embedding and linear heads are refitted in the same way.
+are the teacher's rows. The decoder's embedding and linear heads are refitted in the same way; of a convolutional
+head the channels with the largest weights are kept.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from engines.errors import InputError
 from trainables.dust3r.blocks import DecoderBlock, EncoderBlock, Positions
 from trainables.dust3r.config import Config
+from trainables.dust3r.dpt import narrowed
 from trainables.dust3r.model import DUSt3R, LinearHead
 from trainables.least_squares import normal_equations, refit, solve, survivors
 
@@ -35,16 +37,23 @@ BATCH_TOKENS = 8192  # bounds memory: features of one batch are this many rows o
 
 
 def student_config(
-    teacher_config: dict[str, Any], depth: float, heads: float, ffn: float, dec_depth: float | None = None
+    teacher_config: dict[str, Any],
+    depth: float,
+    heads: float,
+    ffn: float,
+    dec_depth: float | None = None,
+    head: float = 1.0,
+    shared_head: bool = False,
 ) -> dict[str, Any]:
     """The teacher's architecture with shares of its layers, heads and feed-forward channels, in (0, 1] each.
 
     Both the encoder and the decoders are cut, the decoders' layers by `dec_depth` where it is given; widths of
-    embeddings and heads stay. Counts round to the nearest (at least 1), feed-forward widths to a multiple of 8.
+    embeddings and of attention's heads stay. `head`: share of the channels of a DPT head; shared_head: one for both
+    views. Counts round to the nearest (at least 1), feed-forward widths and a head's channels to a multiple of 8.
     Raises InputError that names every bad ratio.
     """
     depths = {"enc": depth, "dec": depth if dec_depth is None else dec_depth}
-    ratios = {"depth": depth, "heads": heads, "ffn": ffn, "dec_depth": depths["dec"]}
+    ratios = {"depth": depth, "heads": heads, "ffn": ffn, "dec_depth": depths["dec"], "head": head}
     bad = [f"{name}={value}" for name, value in ratios.items() if not 0 < value <= 1]
     if bad:
         raise InputError(f"student ratios {', '.join(bad)} must lie above 0 and at most at 1, e.g. 0.7")
@@ -57,8 +66,13 @@ def student_config(
         new[f"{side}_depth"] = _share(getattr(old, f"{side}_depth"), depths[side])
         new[f"{side}_num_heads"] = _share(getattr(old, f"{side}_num_heads"), heads)
         new[f"{side}_head_dim"] = old.head_width(side)
-        new[f"{side}_mlp_hidden"] = hidden if ffn == 1 else min(hidden, 8 * _share(hidden / 8, ffn))
+        new[f"{side}_mlp_hidden"] = _eights(hidden, ffn)
+    new["shared_head"] = shared_head or old.shared_head
+    if old.head_type == "linear" and head != 1:
+        raise InputError(f"head={head}: this teacher's heads are linear and have no channels to cut; leave it at 1")
     if old.head_type == "dpt":
+        new |= {"feature_dim": _eights(old.feature_dim, head), "last_dim": _eights(old.last_dim, head)}
+        new["layer_dims"] = tuple(_eights(width, head) for width in old.layer_dims)
         new["hooks"] = tuple(_hook(h, _ends(old.dec_depth, new["dec_depth"])) for h in old.head_hooks)
     return dataclasses.replace(old, **new).to_data()
 
@@ -73,6 +87,10 @@ def _hook(position: int, ends: list[int]) -> int:
 
 def _share(count: float, ratio: float) -> int:
     return max(1, math.floor(count * ratio + 0.5))
+
+
+def _eights(width: int, ratio: float) -> int:
+    return width if ratio == 1 else min(width, 8 * _share(width / 8, ratio))
 
 
 def kept_layers(depth: int, keep: int) -> list[int]:
@@ -100,11 +118,12 @@ def inherit(teacher: DUSt3R, student: DUSt3R, images: Tensor) -> None:
     old, new = Config(**teacher.config), Config(**student.config)
     _check(old, new, images)
     state, target = teacher.state_dict(), student.state_dict()
-    if all(name in state and state[name].shape == t.shape for name, t in target.items()) and len(state) == len(target):
+    same = all(name in state and state[name].shape == t.shape for name, t in target.items())
+    if same and len(state) == len(target) and old.shared_head == new.shared_head:
         student.load_state_dict(state)
         return
-    shared = {name: t for name, t in state.items() if "_blocks" not in name}
-    student.load_state_dict(shared, strict=False)
+    kept_whole = {name: t for name, t in state.items() if "_blocks" not in name and "downstream" not in name}
+    student.load_state_dict(kept_whole, strict=False)
 
     device = next(teacher.parameters()).device
     height, width = images.shape[-2:]
@@ -127,23 +146,38 @@ def inherit(teacher: DUSt3R, student: DUSt3R, images: Tensor) -> None:
     old_stacks, new_stacks = ((m.dec_blocks, m.dec_blocks2) for m in (teacher, student))
     truth, own = _fit_stack(old_stacks, new_stacks, kept, truth, own, at)
 
-    for view, name in enumerate(("downstream_head1", "downstream_head2")):
-        head, cut = getattr(teacher, name), getattr(student, name)
+    _fit_heads(teacher, student, truth, own)
+
+
+def _fit_heads(teacher: DUSt3R, student: DUSt3R, truth: list[Streams], own: list[Streams]) -> None:
+    """DPT heads keep their strongest channels, linear ones are refitted; one head for both views starts as view 1's."""
+    norm = teacher.dec_norm
+    heads: list[nn.Module] = [teacher.downstream_head1, teacher.downstream_head2]
+    cuts: list[nn.Module] = [student.downstream_head1, student.downstream_head2]
+    once = cuts[0] is cuts[1]
+    for view in (0,) if once else (0, 1):
+        cut, views = cuts[view], (0, 1) if once else (view,)
         if isinstance(cut, LinearHead):
-            norm = teacher.dec_norm
-            refit(cut.proj, ((norm(x[view]), head.proj(norm(t[view]))) for x, t in zip(own, truth, strict=True)))
+            cut.load_state_dict(heads[view].state_dict())  # what the refit stays near
+            ends = ((heads[v], x[v], t[v]) for v in views for x, t in zip(own, truth, strict=True))
+            refit(cut.proj, ((norm(x), head.get_submodule("proj")(norm(t))) for head, x, t in ends))
+        else:
+            cut.load_state_dict(narrowed(heads[view], cut))
 
 
 def _check(old: Config, new: Config, images: Tensor) -> None:
     def same(config: Config) -> dict[str, Any]:
         cut = ("depth", "num_heads", "head_dim", "mlp_hidden")
-        data = {k: v for k, v in config.to_data().items() if k[4:] not in cut and k != "hooks"}
+        head = ("hooks", "feature_dim", "last_dim", "layer_dims", "shared_head")
+        data = {k: v for k, v in config.to_data().items() if k[4:] not in cut and k not in head}
         return data | {side: config.head_width(side) for side in ("enc", "dec")}
 
     def sizes(config: Config) -> dict[str, int]:
         counts = {
             f"{s}_{part}": getattr(config, f"{s}_{part}") for s in ("enc", "dec") for part in ("depth", "num_heads")
         }
+        counts |= {f"layer_dims[{i}]": width for i, width in enumerate(config.layer_dims)}
+        counts |= {"feature_dim": config.feature_dim, "last_dim": config.last_dim}
         return counts | {f"{s}_mlp_hidden": config.mlp_hidden(s) for s in ("enc", "dec")}
 
     bad = [f"{k}={v!r} (teacher {same(old)[k]!r})" for k, v in same(new).items() if v != same(old)[k]]

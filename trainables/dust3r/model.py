@@ -137,7 +137,7 @@ class DUSt3R(nn.Module):
         self.dec_norm = nn.LayerNorm(c.dec_embed_dim, eps=LAYER_NORM_EPS)
         self.dec_blocks2 = _stack(c, "dec_blocks2")
         self.downstream_head1 = _make_head(c)
-        self.downstream_head2 = _make_head(c)
+        self.downstream_head2 = self.downstream_head1 if c.shared_head else _make_head(c)
         self.enc_pos_embed: Tensor | None = None
         self.dec_pos_embed: Tensor | None = None
         if c.pos_embed == "cosine":

@@ -19,6 +19,7 @@ SETTINGS = {
     **{"workload_seed": 42, "sampled_shots": 5, "val_shots": 300, "test_shots": 600, "primary": "ler"},
     **{"warmup": 1, "repeats": 5, "threads": 1, "peers": False, "batch_size": 32},
     **{"epochs": 2, "samples_per_epoch": 128, "train_samples": 256, "lr": 1e-2, "optimizer": "adamw"},
+    **{"precision": "float32", "accumulate": 1, "checkpointing": False},
     **{"lr_end": 0.01, "lr_warmup": 0.03, "weight_decay": 1e-5, "alpha": 1.0, "T": 1.0, "beta": 0.5},
     **{"size": "student", "sizes": {"student": {"dim": 16, "key_dim": 4, "readout_dim": 16, "readout_layers": 1}}},
 }

@@ -211,3 +211,16 @@ def test_measures_do_not_touch_the_models_random_state(aq):
     domain.teacher(), domain.load(aq.teacher_file), domain.deployed(domain.teacher())
     assert torch.equal(torch.get_rng_state(), before)
     assert np.isfinite(float(domain.evaluate(domain.teacher(), "val")["nll"].mean()))
+
+
+def test_less_memory_is_the_same_training(aq):
+    curves = {}
+    for name, change in {
+        "plain": {}, "checkpointing": {"checkpointing": True}, "accumulate": {"accumulate": 2},
+        "bfloat16": {"precision": "bfloat16"},
+    }.items():  # fmt: skip
+        trial = Distill(aq.config(name, {"readout": 0.1, **change}))
+        curves[name] = [trial.step()["train_loss"] for _ in range(2)]
+    assert curves["checkpointing"] == pytest.approx(curves["plain"], rel=1e-6)
+    assert curves["accumulate"] == pytest.approx(curves["plain"], rel=1e-3)
+    assert curves["bfloat16"] == pytest.approx(curves["plain"], rel=0.05) and curves["bfloat16"] != curves["plain"]

@@ -16,6 +16,7 @@ SIZES = {"size": "student", "sizes": {"student": {"dim": 16, "key_dim": 4, "conv
 SETTINGS = {
     **{"distance": 3, "rounds": 2, "val_shots": 64, "test_shots": 64, "fusion": "cached", **SIZES},
     **{"epochs": 1, "samples_per_epoch": 64, "train_samples": 300, "batch_size": 32, "lr": 3e-3, "lr_end": 0.01},
+    **{"precision": "float32", "accumulate": 1, "checkpointing": False},
     **{"optimizer": "adamw", "lr_warmup": 0.1, "weight_decay": 0.0, "alpha": 0.3, "workload_seed": 42},
 }
 HARD = {"alpha": 1.0, "beta": 0}

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from engines.errors import InputError
+from engines.footprint import params_M
 from trainables import least_squares
-from trainables.dust3r import inherit
+from trainables.dust3r import dpt, inherit
 from trainables.dust3r.domain import SMALL_TEACHER
 from trainables.dust3r.inherit import kept_layers, student_config
 from trainables.dust3r.model import from_reference_config
@@ -42,8 +43,8 @@ def pairs(count, seed, size=(32, 32)):
     return fine.unflatten(0, (count, 2))
 
 
-def student_of(teacher, depth=0.7, heads=0.7, ffn=0.7, images=None):
-    student = from_reference_config(**student_config(teacher.config, depth, heads, ffn)).eval()
+def student_of(teacher, depth=0.7, heads=0.7, ffn=0.7, images=None, **head):
+    student = from_reference_config(**student_config(teacher.config, depth, heads, ffn, **head)).eval()
     if images is not None:
         inherit.inherit(teacher, student, images)
     return student
@@ -202,3 +203,43 @@ def test_other_architectures_are_refused():
         inherit.inherit(teacher, deeper, pairs(2, 1))
     with pytest.raises(InputError, match="calibration images"):
         inherit.inherit(teacher, student_of(teacher), pairs(2, 1)[:, 0])
+
+
+WIDE = {**DPT, "feature_dim": 32, "last_dim": 16, "layer_dims": (16, 32, 16, 32)}
+
+
+def test_a_narrower_head_without_dead_channels_is_the_same_head():
+    """Every second channel of every group is dead (nothing makes it, nothing reads it): the cut finds the others."""
+    teacher = build(**WIDE)
+    for head in (teacher.downstream_head1, teacher.downstream_head2):
+        for name, weight in head.named_parameters():
+            (makes, reads), (made, read) = dpt._channels(name), dpt._axes(name, weight)
+            for group, axis in ((makes, made if weight.ndim > 1 else 0), (reads, read if weight.ndim > 1 else None)):
+                if group is not None and axis is not None:
+                    weight.data.index_fill_(axis, torch.arange(0, weight.shape[axis], 2), 0)
+    images = pairs(4, 1, (32, 48))
+    student = student_of(teacher, 1, 1, 1, images, head=0.5)
+    assert student.config["feature_dim"] == 16 and student.config["layer_dims"] == [8, 16, 8, 16]
+    assert output_error(teacher, student, pairs(4, 2, (32, 48))) < 1e-5
+
+
+def test_a_shared_head_is_one_set_of_weights():
+    for config in (WIDE, TINY):
+        teacher, size = build(**config), (32, 48) if config is WIDE else (32, 32)
+        both, one = (student_of(teacher, images=pairs(16, 1, size), shared_head=on) for on in (False, True))
+        assert one.downstream_head1 is one.downstream_head2
+        saved = params_M(both) - params_M(one)
+        assert saved == pytest.approx(params_M(both.downstream_head1), rel=1e-6)
+        again = from_reference_config(**one.config)
+        again.load_state_dict(one.state_dict())
+        assert output_error(again, one, pairs(4, 2, size)) == 0
+
+
+def test_what_a_head_cannot_do_is_named():
+    with pytest.raises(InputError, match=r"head=0.5: this teacher's heads are linear"):
+        student_config(build(**TINY).config, 1, 1, 1, head=0.5)
+    with pytest.raises(InputError, match=r"head=0 must lie above 0"):
+        student_config(build(**WIDE).config, 1, 1, 1, head=0)
+    wide, narrow = build(**WIDE), build(**DPT)
+    with pytest.raises(InputError, match=r"feature_dim=32 \(teacher 8\)"):
+        inherit.inherit(narrow, wide, pairs(2, 1, (32, 48)))
