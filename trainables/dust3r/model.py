@@ -217,6 +217,11 @@ class DUSt3R(nn.Module):
         list1, list2 = self._decode(feat1, hw1, feat2, hw2)
         return self._normed(list1), self._normed(list2)
 
+    def pair(self, feat1: Tensor, hw1: tuple[int, int], feat2: Tensor, hw2: tuple[int, int]) -> Pointmaps:
+        """What :meth:`pointmaps` gives for images whose encoder outputs are known; arguments as of :meth:`decode`."""
+        list1, list2 = self.decode(feat1, hw1, feat2, hw2)
+        return self._heads(list1, hw1, list2, hw2)
+
     def _normed(self, outputs: list[Tensor]) -> list[Tensor]:
         return [*outputs[:-1], self.dec_norm(outputs[-1])]
 

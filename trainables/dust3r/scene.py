@@ -1,0 +1,94 @@
+"""A scene from images: every image encoded once, every pair decoded, all aligned into one cloud; as PLY, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from engines.errors import InputError
+from trainables.dust3r.align import Predictions, Reconstruction, align
+from trainables.dust3r.model import DUSt3R
+
+BATCH = 8  # images, then pairs, that go through the model at once
+MIN_CONFIDENCE = 3.0  # of points that a cloud shows; confidences start at 1
+
+
+@torch.no_grad()
+def predict(model: DUSt3R, images: Tensor, edges: Sequence[tuple[int, int]]) -> Predictions:
+    """Pointmaps of all pairs. images (n, 3, H, W) in [-1, 1] on the model's device; edges (i, j), i the first view.
+
+    An image is encoded once, however many pairs it is in; the result is that of one pass per pair.
+    """
+    unknown = [edge for edge in edges if not all(0 <= view < len(images) for view in edge)]
+    if unknown or not edges:
+        raise InputError(f"pairs {unknown or list(edges)}: expected one or more of {len(images)} images, from 0 on")
+    size = (images.shape[-2], images.shape[-1])
+    features = torch.cat([model.encode(batch) for batch in images.split(BATCH)])
+    parts = []
+    for batch in torch.tensor(edges, device=images.device).split(BATCH):
+        parts.append(model.pair(features[batch[:, 0]], size, features[batch[:, 1]], size))
+    pts1, conf1, pts2, conf2 = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Predictions(edges, pts1, conf1, pts2, conf2)
+
+
+def reconstruct(
+    model: DUSt3R, images: Tensor, edges: Sequence[tuple[int, int]], poses: Tensor | None = None
+) -> Reconstruction:
+    """All of it; see :func:`predict` and :func:`~trainables.dust3r.align.align`."""
+    return align(predict(model, images, edges), poses)
+
+
+def cloud(found: Reconstruction, images: Tensor, least: float = MIN_CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
+    """Points (N, 3) float32 of at least that confidence and their colours (N, 3) uint8; images as of predict.
+
+    Where nothing is that certain, the more certain half is shown.
+    """
+    least = min(least, float(found.confidence.median()))
+    shown = (found.confidence >= least).cpu()
+    colours = ((images.cpu().permute(0, 2, 3, 1)[shown] + 1) * 127.5).round().clamp(0, 255).byte()
+    return found.points.cpu()[shown].float().numpy(), colours.numpy()
+
+
+def write_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> None:
+    """A binary PLY of coloured points, written whole or not at all."""
+    kinds = [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1")]
+    rows = np.empty(len(points), dtype=kinds)
+    for column, (name, _) in enumerate(kinds):
+        rows[name] = points[:, column] if column < 3 else colours[:, column - 3]
+    words = {"<f4": "float", "u1": "uchar"}
+    properties = "".join(f"property {words[kind]} {name}\n" for name, kind in kinds)
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{properties}end_header\n"
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_bytes(header.encode() + rows.tobytes())
+    partial.replace(path)
+
+
+def picture(found: Reconstruction, points: np.ndarray, colours: np.ndarray) -> Figure:
+    """The cloud from above and from the side, with the cameras, in the unit of the reconstruction."""
+    figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
+    figure.suptitle(
+        f"{len(found.poses)} images, {len(points):,} points, loss {found.loss[0]:.3f} to {found.loss[1]:.3f}"
+    )
+    pick = np.random.default_rng(0).permutation(len(points))[:40_000]
+    centres = found.poses[:, :3, 3].cpu().numpy()
+    ahead = centres + found.poses[:, :3, 2].cpu().numpy() * float(found.depth.median()) * 0.15
+    low, high = np.percentile(points, [1, 99], axis=0)
+    for place, (x, y, title) in enumerate(((0, 2, "from above"), (2, 1, "from the side")), start=1):
+        axes = figure.add_subplot(1, 2, place)
+        axes.scatter(points[pick, x], points[pick, y], c=colours[pick] / 255.0, s=1, linewidths=0, rasterized=True)
+        for number, (start, end) in enumerate(zip(centres, ahead, strict=True)):
+            axes.plot([start[x], end[x]], [start[y], end[y]], color="#d1495b", linewidth=1.5)
+            axes.annotate(str(number), (start[x], start[y]), color="#d1495b", fontsize=8)
+        both = np.concatenate((np.stack((low, high)), centres, ahead))
+        axes.set_xlim(both[:, x].min(), both[:, x].max())
+        axes.set_ylim(both[:, y].min(), both[:, y].max())
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set(title=title, xlabel="xyz"[x], ylabel="xyz"[y])
+        if y == 1:
+            axes.invert_yaxis()  # y points down
+    return figure
