@@ -28,9 +28,9 @@ def predict(model: DUSt3R, images: Tensor, edges: Sequence[tuple[int, int]]) -> 
     if unknown or not edges:
         raise InputError(f"pairs {unknown or list(edges)}: expected one or more of {len(images)} images, from 0 on")
     size = (images.shape[-2], images.shape[-1])
-    features = torch.cat([model.encode(batch) for batch in images.split(BATCH)])
+    features = torch.cat([model.encode(batch) for batch in torch.split(images, BATCH)])
     parts = []
-    for batch in torch.tensor(edges, device=images.device).split(BATCH):
+    for batch in torch.split(torch.tensor(edges, device=images.device), BATCH):
         parts.append(model.pair(features[batch[:, 0]], size, features[batch[:, 1]], size))
     pts1, conf1, pts2, conf2 = (torch.cat(part) for part in zip(*parts, strict=True))
     return Predictions(edges, pts1, conf1, pts2, conf2)
@@ -71,9 +71,8 @@ def write_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> None:
 def picture(found: Reconstruction, points: np.ndarray, colours: np.ndarray) -> Figure:
     """The cloud from above and from the side, with the cameras, in the unit of the reconstruction."""
     figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
-    figure.suptitle(
-        f"{len(found.poses)} images, {len(points):,} points, loss {found.loss[0]:.3f} to {found.loss[1]:.3f}"
-    )
+    first, last = found.loss
+    figure.suptitle(f"{len(found.poses)} images, {len(points):,} points, loss {first:.3f} to {last:.3f}")
     pick = np.random.default_rng(0).permutation(len(points))[:40_000]
     centres = found.poses[:, :3, 3].cpu().numpy()
     ahead = centres + found.poses[:, :3, 2].cpu().numpy() * float(found.depth.median()) * 0.15
