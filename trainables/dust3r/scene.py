@@ -1,4 +1,4 @@
-"""A scene from images: every image encoded once, every pair decoded, all aligned into one cloud; as PLY, as a picture."""
+"""A scene from images: each encoded once, every pair decoded, all aligned into one cloud; as PLY and as a picture."""
 
 from __future__ import annotations
 
