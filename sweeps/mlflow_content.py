@@ -16,7 +16,7 @@ Point = tuple[str, float, int, int]  # name, value, ms since the epoch, step
 _LONGEST_TAG, _LONGEST_PARAM = 8000, 6000  # MLflow's limits, in characters
 _INPUTS = ("combo", "rho", "T", "beta", "gamma", "bits_w", "bits_a", "keep_list", "seed")
 _REALS = {"rho", "T", "beta", "gamma"}
-_SHARED = ("sweep_id", "stage", "domain", "profile", "workload_hash", "config_hash", "git_commit")
+_SHARED = ("sweep_id", "campaign", "stage", "domain", "profile", "workload_hash", "config_hash", "git_commit")
 _TEXTS = ("verdict", "verdict_detail", "stop_reason", "engine", "device", "parent", "notes")
 
 
@@ -49,7 +49,7 @@ def tags(state: SweepState, trial: TrialState | None, parent_run: str) -> dict[s
     if trial is None:
         shown |= {"role": "sweep", "chosen": state.chosen}
     else:
-        names = ("trial_id", "exp_id", "task_id", "role", "number")
+        names = ("trial_id", "exp_id", "task_id", "role", "number", "saves")
         shown |= {key: getattr(trial, key) for key in names} | {"mlflow.parentRunId": parent_run}
         shown["stop_reason"] = trial.stop[1] if trial.stop else None
         shown["error"] = trial.error

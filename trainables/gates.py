@@ -147,3 +147,14 @@ class Gate:
 
     def _say(self, value: float) -> str:
         return f"{100 * value:.3g} %" if self.metric in ("drop", "params_down") else f"{value:.4g}"
+
+
+def judge_all(record: Record, gates: Sequence[Gate], role: str = "trial") -> Verdict:
+    """The worst of the gates' verdicts with all their numbers; a trial that diverged or failed fails whatever they say."""
+    if record.stop_reason in ("diverged", "failed"):
+        return Verdict("fail", f"the trial {record.stop_reason}; its best weights until then were measured")
+    if not gates:
+        return Verdict("n/a", "no gate")
+    verdicts = [one.judge(record, role) for one in gates]
+    worst = min((verdict.verdict for verdict in verdicts), key=["fail", "n/a", "pass"].index)
+    return Verdict(worst, "; ".join(dict.fromkeys(verdict.detail for verdict in verdicts)))
