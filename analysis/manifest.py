@@ -18,7 +18,7 @@ class _Part(BaseModel):
 
 
 class File(_Part):
-    """One file of the folder. sha256: 64 hex digits. run_id: the MLflow run of the trial that it is of, or of the sweep."""
+    """One file of the folder. sha256: 64 hex digits. run_id: the run of the trial that it is of, or of the sweep."""
 
     file: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")

@@ -7,8 +7,8 @@ python sweeps/campaign.py --plan all --resume                     # go on after 
 python sweeps/campaign.py --plan dust3r --only K KQ               # some stages (or tasks: K-2 stands for K)
 python sweeps/campaign.py --plan dust3r --address auto --profile full --set teacher=FILE.pth    # side by side
 
-A stage whose task missed its hard line (a failed gate) holds up what depends on it; the rest goes on. At profile demo no
-gate holds anything up: its few epochs show the machinery, and the INT8 student needs a student, good or not.
+A task that missed its hard line (a failed gate) holds up the stages that depend on it; the rest goes on. At profile
+demo no gate holds anything up: its few epochs show the machinery, and the INT8 student needs a student, good or not.
 --keep-going does the same at the other profiles. What needs a file that was not made is held up in any case.
 
 Exit code: 0 everything ran (and, but for demo and --keep-going, met its hard lines), 1 not so, 2 bad input,
@@ -51,14 +51,14 @@ class Order:
 
 
 def main(argv: Sequence[str] | None = None, plans: Mapping[str, Sequence[Stage]] = PLANS) -> None:
-    """Run a campaign as the command line says; exits with the code of `run`."""
+    """Run a campaign as the command line says; exits with the codes that its help names."""
     code = run(argv, plans)
     if code:
         sys.exit(code)
 
 
 def run(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]] = PLANS) -> int:
-    """The exit code: 0, or 1 when something did not run or missed its hard line, 2 for bad input, 130 when interrupted."""
+    """`main` with the exit code as its result."""
     command = shlex.join([program("python"), *(sys.argv if argv is None else ["campaign", *argv])])
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -89,8 +89,8 @@ def take_order(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]],
     add("--from", dest="start", metavar="STAGE", help="leave out what comes before this stage")
     add("--skip", nargs="+", action="extend", default=[], metavar="STAGE", help="leave these stages out")
     add("--keep-going", action="store_true", help="a missed hard line holds nothing up (always so at profile demo)")
-    add("--side-by-side", type=int, metavar="N",
-        help=f"stages at a time, each with a share of the cluster (default: {SIDE_BY_SIDE}; 1 without --address)")  # fmt: skip
+    shared = f"stages at a time, each with a share of the cluster (default: {SIDE_BY_SIDE}; 1 without --address)"
+    add("--side-by-side", type=int, metavar="N", help=shared)
     add("--campaign", metavar="NAME", help="the campaign's name (default: of plan, profile and seed)")
     given = parser.parse_args(argv)
     flags.check(given)
@@ -126,7 +126,7 @@ def _check_settings(plan: Plan) -> None:
         own = {key: value for key, value in values.items() if stage.knows(key)}
         taken = [need.setting for need in stage.needs if need.setting in own]
         if taken:
-            raise InputError(f"--set {taken[0]}: stage {stage.id} takes it from an earlier stage; run that script alone")
+            raise InputError(f"--set {taken[0]}: stage {stage.id} takes it from an earlier one; run that script alone")
         resolve(stage.settings, plan.profile, own)
 
 
@@ -145,22 +145,24 @@ def _check_needs(plan: Plan) -> None:
 def _refuse(order: Order) -> None:
     """InputError for a campaign that is there already (without --resume), is not (with it), or was another one."""
     plan, path = order.plan, order.plan.folder / CAMPAIGN
-    known = path.is_file() and path.stat().st_size > 0
-    if known and not order.resume:
-        raise InputError(f"{plan.folder} already holds this campaign: add --resume to go on, or give another --campaign")
-    if not known and order.resume:
+    before = next(read_events(path), None) if path.is_file() else None
+    if before and not order.resume:
+        raise InputError(
+            f"{plan.folder} already holds this campaign: add --resume to go on, or give another --campaign"
+        )
+    if not before and order.resume:
         there = ", ".join(sorted(found.parent.name for found in order.storage.glob(f"*/{CAMPAIGN}")))
         raise InputError(
             f"--resume: no campaign {plan.name} in {order.storage}" + (f"; there are {there}" if there else "")
             + "; start it without --resume"
         )  # fmt: skip
-    if known:
-        before = next(read_events(path))
+    if before:
         changed = [key for key, value in _identity(plan).items() if before.get(key) != value]
         if changed:
             said = ", ".join(f"{key} was {before.get(key)!r}, is now {_identity(plan)[key]!r}" for key in changed)
-            raise InputError(f"--resume: campaign {plan.name} was started otherwise ({said}); give the same, or another "
-                             "--campaign")  # fmt: skip
+            raise InputError(
+                f"--resume: campaign {plan.name} was started otherwise ({said}); give the same, or another --campaign"
+            )
 
 
 def _identity(plan: Plan) -> dict[str, object]:
@@ -172,7 +174,7 @@ def _execute(order: Order, console: Console) -> int:
     plan = order.plan
     with Journal.open(plan.folder, CAMPAIGN) as journal:
         if not order.resume:
-            header = {"name": plan.name, **_identity(plan), "git_commit": git_commit(), "command": masked(order.command)}
+            header = {"name": plan.name, **_identity(plan), "git_commit": git_commit()}
             journal.append("campaign", **header)
         journal.append("selected", stages=[stage.id for stage in plan.selected], command=masked(order.command))
 

@@ -57,7 +57,8 @@ def closing(console: Console, plan: Plan, found: Delivered, held: Mapping[str, s
     for row in found.manifest.tasks:
         if row.selected:
             why = held.get(row.stage, row.detail) if not row.finished else row.detail
-            files = ", ".join([*(f for f in row.files if not _lacks(row.missing, f)), *(f"no {f}" for f in row.missing)])
+            there = [name for name in row.files if not _lacks(row.missing, name)]
+            files = ", ".join([*there, *(f"no {entry}" for entry in row.missing)])
             verdict = row.verdict if row.finished else "not run"
             table.add_row(*map(escape, (row.task, row.title)), f"[{_STYLES.get(verdict, 'red')}]{verdict}[/]",
                           escape(why), escape(files if row.finished else ""))  # fmt: skip
@@ -88,10 +89,11 @@ def _measured(plan: Plan, storage: Path) -> dict[str, tuple[float, int]]:
     for folder, state in sweeps_in(storage):
         stage = names.get(folder.name.partition(f"_{plan.profile}_seed")[0])
         began = float(state.header.get("t", 0))
-        if stage and state.ended == "finished" and "optuna" not in folder.name:
-            if began >= newest.get(stage.id, (0.0, 0.0, 0))[0]:
-                took = sum(row.hours for row in hours.of_trials(stage.id, state))
-                newest[stage.id] = (began, took, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+        if not stage or state.ended != "finished" or "optuna" in folder.name:
+            continue
+        if began >= newest.get(stage.id, (0.0, 0.0, 0))[0]:
+            took = sum(row.hours for row in hours.of_trials(stage.id, state))
+            newest[stage.id] = (began, took, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
     return {key: (took, size) for key, (_, took, size) in newest.items()}
 
 

@@ -1,8 +1,8 @@
 """The plan as data: every task with what it is, what it leaves, its hard lines, what it needs and what it costs.
 
-A stage is one script, one sweep and so one process; it covers the plan's rows whose trials it runs. `sweeps/campaign.py`
-runs them, `sweeps/deliverables.py` collects their files. The order here is the order on one machine: the main line
-first. A test compares it with the scripts.
+A stage is one script, one sweep and so one process; it covers the plan's rows whose trials it runs.
+`sweeps/campaign.py` runs them, `sweeps/deliverables.py` collects their files. The order here is the order on one
+machine: the main line first. A test compares it with the scripts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -114,7 +114,8 @@ DUST3R = (
     ], [Needs("P0-2")]),
     Stage("KQ", "dust3r", "kq_joint.py", (WORKLOAD, QUANT), [
         Task("KQ-1", "the best student by Q's policy", ("student_int8.pth",), (drop(0.01),), (5, 8)),
-        Task("KQ-2", "its engines", ("student_int8.onnx", "student_int8.trt", "student_int8.trt.json"), (RUNS,), (2, 3)),
+        Task("KQ-2", "its engines", ("student_int8.onnx", "student_int8.trt", "student_int8.trt.json"), (RUNS,),
+             (2, 3)),
         Task("KQ-3", "measured", ("kq_eval.json",), (drop(0.01), HALF), (3, 5)),
     ], [Needs("K-4", file="student_fp32_best.pth", setting="model")]),
     Stage("Q", "dust3r", "q_ptq_qat.py", (WORKLOAD, QUANT), [
@@ -191,8 +192,8 @@ def select(
 ) -> list[Stage]:
     """The stages to run, in the plan's order: `only` these, or those from `start` on, without `skip`.
 
-    Stages or tasks are named; a task stands for its stage. InputError for names that the plan lacks, and when nothing is
-    left.
+    Stages or tasks are named; a task stands for its stage. InputError for names that the plan lacks, and when nothing
+    is left.
     """
     wanted = {stage_of(stages, name).id for name in only}
     left_out = {stage_of(stages, name).id for name in skip}

@@ -1,10 +1,9 @@
 """Runs the stages of a campaign, each as its own process of the script that a user would start, in the plan's order.
 
-Whether a stage is over is what its sweep's journal says, never what a process said: so a campaign that was killed at any
-point goes on where its stages are.
+Whether a stage is over is what its sweep's journal says, never what a process said: so a campaign that was killed at
+any point goes on where its stages are.
 """
 
-import os
 import subprocess
 import sys
 import time

@@ -26,7 +26,7 @@ def show(
     given: Flags,
     known: SweepState | None,
 ) -> None:
-    """Print trials, files and cost. folder: the sweep's. known: the sweep that would be resumed, of which only the rest costs."""
+    """Print trials, files and cost. folder: the sweep's; known: what a resume finds there, of which the rest costs."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 140)

@@ -33,8 +33,8 @@ class TrialHours:
 
 @dataclass(frozen=True)
 class Account:
-    """Hours of a stage or of all. saved: hours by the reason for which trials were stopped. wall_h: by the clock, of all
-    starts of the stage, None where no campaign timed it. estimate: from and to, None where there is none.
+    """Hours of a stage or of all. saved: hours by the reason for which trials were stopped. wall_h: by the clock, of
+    all starts of the stage, None where no campaign timed it. estimate: from and to, None where there is none.
     """
 
     name: str

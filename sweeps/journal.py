@@ -52,7 +52,7 @@ EVENTS: dict[str, frozenset[str]] = {
 
 
 class Journal:
-    """The writer's end, one per folder of a sweep or campaign, which it locks until closed. For one thread at a time."""
+    """The writer's end, one per sweep or campaign, whose folder it locks until closed. For one thread at a time."""
 
     def __init__(self, path: Path, fd: int, lock: int) -> None:
         self.path, self._fd, self._lock = path, fd, lock

@@ -1,4 +1,4 @@
-"""What a stage of a campaign came to, read from its sweep's journal alone: what is finished, the verdicts, the files."""
+"""What a stage of a campaign came to, by its sweep's journal alone: whether it is over, the verdicts, the files."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from sweeps.catalogue import Stage, Task
 from sweeps.journal import NAME, SweepState, TrialState
 from sweeps.tracking import CURSOR
-from trainables.gates import Verdict, judge_all
+from trainables.gates import Verdict, judge_any
 from trainables.record import Record
 
 
@@ -77,14 +77,10 @@ class Outcome:
             return Verdict(str(record.get("verdict")), str(record.get("verdict_detail")))
         if not task.gates:
             return Verdict("n/a", "no hard line")
-        verdicts = [judge_all(Record.from_dict(record), task.gates, role) for role, record in records]
-        return min(verdicts, key=lambda v: ["pass", "n/a", "fail"].index(v.verdict), default=_NOTHING)
+        return judge_any((Record.from_dict(record) for _, record in records), task.gates)
 
     def missing(self, task: Task) -> list[str]:
         """Files of the task that the sweep did not leave, each with the reason where one is known."""
         why = [str(t.record["trt"]) for t in self.state.trials.values() if t.record and "trt" in t.record]
         names = [name for name in task.files if not self.file(name)]
         return [f"{name} ({why[0]})" if why and ".trt" in name else name for name in names]
-
-
-_NOTHING = Verdict("fail", "no trial was measured")

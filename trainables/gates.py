@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -150,7 +150,7 @@ class Gate:
 
 
 def judge_all(record: Record, gates: Sequence[Gate], role: str = "trial") -> Verdict:
-    """The worst of the gates' verdicts with all their numbers; a trial that diverged or failed fails whatever they say."""
+    """The worst of the gates' verdicts with all their numbers; a trial that diverged or failed fails in any case."""
     if record.stop_reason in ("diverged", "failed"):
         return Verdict("fail", f"the trial {record.stop_reason}; its best weights until then were measured")
     if not gates:
@@ -158,3 +158,10 @@ def judge_all(record: Record, gates: Sequence[Gate], role: str = "trial") -> Ver
     verdicts = [one.judge(record, role) for one in gates]
     worst = min((verdict.verdict for verdict in verdicts), key=["fail", "n/a", "pass"].index)
     return Verdict(worst, "; ".join(dict.fromkeys(verdict.detail for verdict in verdicts)))
+
+
+def judge_any(records: Iterable[Record], gates: Sequence[Gate]) -> Verdict:
+    """The best verdict that any of the trials reaches with all gates; fail where there is none."""
+    verdicts = [judge_all(record, gates) for record in records]
+    rank = ["pass", "n/a", "fail"].index
+    return min(verdicts, key=lambda found: rank(found.verdict), default=Verdict("fail", "no trial was measured"))
