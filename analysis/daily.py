@@ -158,8 +158,8 @@ def _outputs(known: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[st
     if record and known.get("saves"):
         yield str(known["saves"])
     if record.get("drop") is not None:
-        ends = [record.get("drop_lo"), record.get("drop_hi")]
-        interval = f" [{100 * ends[0]:.2f}, {100 * ends[1]:.2f}]" if None not in ends else ""
+        low, high = record.get("drop_lo"), record.get("drop_hi")
+        interval = "" if low is None or high is None else f" [{100 * low:.2f}, {100 * high:.2f}]"
         yield f"drop {100 * record['drop']:.2f} %{interval}"
     if record.get("t_pair_p50_ms") is not None:
         yield f"p50 {words.per_ms * record['t_pair_p50_ms']:.3g} {words.time}"

@@ -80,7 +80,7 @@ class _Running:
 class Conductor:
     """Starts what can start, waits, and says what became of it. on_end: called after each stage."""
 
-    def __init__(self, plan: Plan, journal: Journal, say: Say, on_end: Callable[[], None]) -> None:
+    def __init__(self, plan: Plan, journal: Journal, say: Say, on_end: Callable[[], object]) -> None:
         self.plan, self.held = plan, dict[str, str]()  # stage -> why it did not run or did not finish
         self._journal, self._say, self._on_end = journal, say, on_end
         self._waiting = list(plan.selected)
@@ -97,7 +97,7 @@ class Conductor:
             raise
 
     def _start_what_can(self) -> None:
-        ready = []
+        ready: list[Stage] = []
         for stage in list(self._waiting):
             outcome = self.plan.outcome(stage)
             if outcome.finished and outcome.mirrored:

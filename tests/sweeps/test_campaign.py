@@ -22,7 +22,7 @@ from trainables.record import FIELDS, read_csv
 
 HERE = Path(__file__).parent
 NAME = "toy_small_seed42"
-WAIT_S = 400  # the machine may be loaded: generous, and reached only by a failure
+WAIT_S = 900  # the machine may be loaded: generous, and reached only by a failure
 
 
 class Toys:
@@ -67,18 +67,24 @@ class Toys:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A campaign whose first stage was killed, then itself while the second ran, which was left to itself; resumed."""
     toys = Toys(tmp_path_factory.mktemp("campaign"))
-    first = toys.start(TOY_SLEEP_FIRST="0.5")
+    first = toys.start(TOY_SLEEP_FIRST="1.5")
     os.kill(toys.wait_for("first", 3, first), signal.SIGKILL)
     one = toys.finish(first)
     third = (toys.sweep("third") / "journal.jsonl").read_bytes()
     before = [(trial.task_id, len(trial.results)) for trial in toys.state("first").trials.values()]
 
-    second = toys.start("--resume", TOY_SLEEP_FIRST="0.5", TOY_SLEEP_SECOND="3")
-    toys.wait_for("second", 1, second)
+    second = toys.start("--resume", TOY_SLEEP_FIRST="0.5", TOY_SLEEP_SECOND="1.5")
+    orphan = toys.wait_for("second", 1, second)
+    os.kill(orphan, signal.SIGSTOP)  # so that it is still there when the campaign comes back, however busy the machine
     second.kill()
     second.communicate()
-    two = toys.finish(toys.start("--resume"))
-    return SimpleNamespace(toys=toys, one=one, two=two, third=third, before=dict(before))
+    again = toys.start("--resume")
+    said = ""
+    while "still at work" not in said and again.poll() is None:
+        said += again.stdout.readline() if again.stdout else ""
+    os.kill(orphan, signal.SIGCONT)
+    code, out, err = toys.finish(again)
+    return SimpleNamespace(toys=toys, one=one, two=(code, said + out, err), third=third, before=dict(before))
 
 
 def test_a_killed_stage_holds_up_what_needs_it_and_the_rest_goes_on(killed: SimpleNamespace) -> None:
@@ -198,7 +204,7 @@ def test_keep_going_does_the_rest(killed: SimpleNamespace) -> None:
 
 def test_sigterm_ends_campaign_and_stage_in_order(tmp_path: Path) -> None:
     toys = Toys(tmp_path)
-    process = toys.start("--only", "A", TOY_SLEEP_FIRST="1")
+    process = toys.start("--only", "A", TOY_SLEEP_FIRST="3")
     toys.wait_for("first", 1, process)
     process.send_signal(signal.SIGTERM)
     code, out, err = toys.finish(process)
