@@ -56,7 +56,7 @@ class Needs:
 @dataclass(frozen=True)
 class Stage:
     """One sweep of the plan. script: of sweeps/, or an absolute path. settings: the files of its keys. cpu_hours: what
-    training once took on two cores without a GPU, by profile.
+    its training once took without a GPU, by profile.
     """
 
     id: str
@@ -103,7 +103,7 @@ DUST3R = (
     Stage("P0", "dust3r", "baseline.py", (WORKLOAD, DISTILL), [
         Task("P0-1", "sample the pairs, K=4 pair graph, seed 42", ("workload.yaml",)),
         Task("P0-2", "teacher: quality, efficiency, resources", ("teacher_eval.json",), gpu_hours=(4, 6)),
-    ]),
+    ], cpu_hours={"demo": 0, "small": 0}),
     Stage("K", "dust3r", "k_grid.py", (WORKLOAD, DISTILL), [
         Task("K-1", "T=3, beta .5", ("student_fp32_t3b05.pth",), (drop(0.01),), (8, 12)),
         Task("K-2", "T=5, beta .5", ("student_fp32_t5b05.pth",), (drop(0.01),), (8, 12)),
@@ -111,7 +111,7 @@ DUST3R = (
              (drop(0.01), Gate("late_rise", at_most=2)), (8, 12)),
         Task("K-4", "the three on one protocol; the best", ("student_fp32_best.pth", "distill_log.json"),
              (drop(0.01),), (2, 4)),
-    ], [Needs("P0-2")]),
+    ], [Needs("P0-2")], {"demo": 0.062}),
     Stage("KQ", "dust3r", "kq_joint.py", (WORKLOAD, QUANT), [
         Task("KQ-1", "the best student by Q's policy", ("student_int8.pth",), (drop(0.01),), (5, 8)),
         Task("KQ-2", "its engines", ("student_int8.onnx", "student_int8.trt", "student_int8.trt.json"), (RUNS,),
@@ -138,42 +138,42 @@ DUST3R = (
     ], [Needs("P0-2")]),
     Stage("ABL-3", "dust3r", "abl_loss.py", (WORKLOAD, DISTILL), [
         Task("ABL-3", "KL against KL and features", ("ablation_loss.json",), (), (2, 4)),
-    ], [Needs("P0-2")]),
+    ], [Needs("P0-2")], {"demo": 0.091}),
 )  # fmt: skip
 
 _DECODER = (DECODER_WORKLOAD, DECODER_SIZES, DECODER)
 ALPHAQUBIT = (
     Stage("AQ-1", "alphaqubit", "aq_baseline.py", _DECODER, [
         Task("AQ-1", "baseline: final logits and true flips", ("aq_baseline.pth",), (drop(0.03),)),
-    ]),
+    ], cpu_hours={"demo": 0.006, "small": 0.24}),
     Stage("AQ-2", "alphaqubit", "aq_stage1.py", _DECODER, [
         Task("AQ-2", "Stage 1: transformer, rnn and readout signals", ("aq_stage1.pth",), (drop(0.03),)),
-    ], [Needs("AQ-1", gate=False)]),
+    ], [Needs("AQ-1", gate=False)], {"demo": 0.005}),
     Stage("AQ-3", "alphaqubit", "aq_fusion.py", (DECODER_WORKLOAD, DECODER_FUSION), [
         Task("AQ-3", "fused logits: probes and readout", ("aq_probes.pth",),
              (Gate("ler_transformer", at_most=0.5), Gate("ler_rnn", at_most=0.5))),  # better than a coin
-    ]),
+    ], cpu_hours={"demo": 0.006}),
     Stage("AQ-4", "alphaqubit", "aq_stage2.py", _DECODER, [
         Task("AQ-4", "Stage 2 from Stage 1, fused logits", ("aq_stage2.pth",), (drop(0.03),)),
     ], [Needs("AQ-2", gate=False, file="aq_stage1_best.pth", setting="model"),
-        Needs("AQ-3", file="aq_probes.pth", setting="fusion")]),
+        Needs("AQ-3", file="aq_probes.pth", setting="fusion")], {"demo": 0.012}),
     Stage("AQ-KQ", "alphaqubit", "aq_joint.py", (DECODER_WORKLOAD, DECODER_QUANT), [
         Task("AQ-KQ", "the baseline's student in INT8",
              ("aq_student_int8.pth", "aq_student_int8.onnx", "aq_student_int8.trt", "aq_student_int8.trt.json",
               "aq_joint_eval.json"), (drop(0.03), Gate("drop_to_student", at_most=0.01))),
-    ], [Needs("AQ-1", file="aq_baseline_best.pth", setting="model")]),
+    ], [Needs("AQ-1", file="aq_baseline_best.pth", setting="model")], {"demo": 0.010}),
     Stage("AQ-Q", "alphaqubit", "aq_quantize.py", (DECODER_WORKLOAD, DECODER_QUANT), [
         Task("AQ-Q1", "the teacher rounded to INT8", ("aq_ptq_int8.onnx",), (drop(0.01),)),
         Task("AQ-Q2", "the best of PTQ and QAT, its engines",
              ("aq_int8.pth", "aq_int8.onnx", "aq_int8.trt", "aq_int8.trt.json", "aq_quant_eval.json"), (drop(0.01),)),
-    ]),
+    ], cpu_hours={"demo": 0.022}),
     Stage("AQ-P", "alphaqubit", "aq_prune.py", (DECODER_WORKLOAD, DECODER_PRUNE), [
         Task("AQ-P1", "rho .2, fine-tuned", ("aq_pruned_r020.pth",), (drop(0.03),)),
         Task("AQ-P2", "rho .4, fine-tuned", ("aq_pruned_r040.pth", "aq_prune_eval.json"), (drop(0.03), SMALLER)),
-    ]),
+    ], cpu_hours={"demo": 0.013, "small": 0.043}),
     Stage("AQ-5", "alphaqubit", "aq_ablation.py", _DECODER, [
         Task("AQ-5", "signals, fusion and stages at equal steps", ("ablation_signals.json", "ablation_stages.json")),
-    ]),
+    ], cpu_hours={"demo": 0.20}),
 )  # fmt: skip
 
 PLANS: Mapping[str, Sequence[Stage]] = {"dust3r": DUST3R, "alphaqubit": ALPHAQUBIT, "all": (*DUST3R, *ALPHAQUBIT)}
