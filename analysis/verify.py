@@ -63,12 +63,12 @@ def check(folder: Path, tracking_uri: str | None = None) -> Found:
                 problems += _same_as_mlflow(store, manifest, records)
         except _Unusable as error:
             problems.append(str(error))
-        lines = list(_lines(manifest, records))
-        problems += [text for text, serious in lines if serious]
-        notes += [text for text, serious in lines if not serious]
-    met = sum(bool(row.lines) and row.verdict == "pass" for row in manifest.tasks)
+        else:
+            lines = list(_lines(manifest, records))
+            problems += [text for text, serious in lines if serious]
+            notes += [text for text, serious in lines if not serious]
     hard = sum(bool(row.lines) for row in manifest.tasks)
-    counts = f"{len(manifest.files)} files, {len(records)} records, {met} of {hard} hard lines met"
+    counts = f"{len(manifest.files)} files, {len(records)} records, {hard} tasks with hard lines"
     return Found(tuple(problems), tuple(notes), f"{manifest.campaign}: {counts}")
 
 
@@ -134,14 +134,13 @@ def _complete(manifest: Manifest) -> Iterator[str]:
 
 def _table(path: Path) -> list[Record]:
     try:
-        records = read_csv(path)
         with path.open(encoding="utf-8") as stream:
             header = stream.readline().strip().split(",")
+        if tuple(header[: len(FIELDS)]) != FIELDS:
+            raise _Unusable(f"{TABLE}: its first {len(FIELDS)} columns are not those of the record")
+        return read_csv(path)
     except (InputError, ValueError, OSError) as error:
         raise _Unusable(f"{TABLE}: {error}") from error
-    if tuple(header[: len(FIELDS)]) != FIELDS:
-        raise _Unusable(f"{TABLE}: its first {len(FIELDS)} columns are not those of the record")
-    return records
 
 
 def _by_run(records: Sequence[Record], problems: list[str]) -> dict[str, Record]:

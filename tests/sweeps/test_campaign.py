@@ -66,19 +66,19 @@ class Toys:
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A campaign whose first stage was killed, then itself while the second ran, which was left to itself; resumed."""
-    toys = Toys(tmp_path_factory.mktemp("campaign"))
-    first = toys.start(TOY_SLEEP_FIRST="1.5")
+    toys, slow = Toys(tmp_path_factory.mktemp("campaign")), {"TOY_SLEEP_FIRST": "1.5", "TOY_SLEEP_SECOND": "1.5"}
+    first = toys.start(**slow)
     os.kill(toys.wait_for("first", 3, first), signal.SIGKILL)
     one = toys.finish(first)
     third = (toys.sweep("third") / "journal.jsonl").read_bytes()
     before = [(trial.task_id, len(trial.results)) for trial in toys.state("first").trials.values()]
 
-    second = toys.start("--resume", TOY_SLEEP_FIRST="0.5", TOY_SLEEP_SECOND="1.5")
+    second = toys.start("--resume", **slow)
     orphan = toys.wait_for("second", 1, second)
     os.kill(orphan, signal.SIGSTOP)  # so that it is still there when the campaign comes back, however busy the machine
     second.kill()
     second.communicate()
-    again = toys.start("--resume")
+    again = toys.start("--resume", **slow)
     said = ""
     while "still at work" not in said and again.poll() is None:
         said += again.stdout.readline() if again.stdout else ""

@@ -102,7 +102,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 def test_a_whole_folder_has_no_problem(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert analysis(["verify", str(whole)]) == 0
     out = capsys.readouterr().out
-    assert out == "toy_small_seed42: 9 files, 3 records, 4 of 4 hard lines met; no problem\n"
+    assert out == "toy_small_seed42: 9 files, 3 records, 4 tasks with hard lines; no problem\n"
 
 
 def test_writing_again_changes_nothing_but_the_manifests_time(whole: Path, tmp_path: Path, template) -> None:
