@@ -1,14 +1,17 @@
-"""Command line: python -m analysis pareto|table --tracking-uri URI --sweep NAME: pictures and tables."""
+"""Command line: python -m analysis pareto|table|daily|verify: pictures, tables, and whether deliverables hold."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainables.record import InputError
 
 _EXAMPLES = """examples:
   python -m analysis pareto --tracking-uri sqlite:///runs/mlflow.db --sweep k_grid_demo_seed42 --out pictures
   python -m analysis table --tracking-uri http://127.0.0.1:5000 --sweep k_grid_small_seed42 --csv verdicts.csv
+  python -m analysis daily --tracking-uri sqlite:///runs/mlflow.db --date 2026-03-31 --csv daily.csv
+  python -m analysis verify runs/dust3r_small_seed42/deliverables
 """
 
 
@@ -20,13 +23,14 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    source = argparse.ArgumentParser(add_help=False)
-    source.add_argument(
+    store = argparse.ArgumentParser(add_help=False)
+    store.add_argument(
         "--tracking-uri",
         required=True,
         metavar="URI",
         help="sqlite:///path/mlflow.db or the address of a server",
     )
+    source = argparse.ArgumentParser(add_help=False, parents=[store])
     source.add_argument("--sweep", required=True, metavar="NAME", help="the sweep's run name (or run id)")
     commands = top.add_subparsers(dest="command", required=True)
     pareto = commands.add_parser(
@@ -39,21 +43,25 @@ def parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", parents=[source], help="the verdict table")
     table.add_argument("--csv", metavar="FILE", help="also write it as CSV, with full precision")
     table.add_argument("--markdown", metavar="FILE", help="also write it as Markdown")
+    daily = commands.add_parser("daily", parents=[store], help="the daily sheet: every trial that ran on one day")
+    daily.add_argument("--date", metavar="YYYY-MM-DD", help="which day, in this machine's time zone (default: today)")
+    daily.add_argument("--csv", metavar="FILE", help="also write it as CSV")
+    daily.add_argument("--markdown", metavar="FILE", help="also write it as Markdown, which it is printed as")
+    verify = commands.add_parser("verify", help="check a campaign's deliverables; exit code 1 for any problem")
+    verify.add_argument("folder", metavar="FOLDER", help="the folder `deliverables` of a campaign")
+    verify.add_argument("--tracking-uri", metavar="URI", help="where its runs are (default: mlflow.db of its storage)")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 2 after a one-line error."""
+    """Run one command; returns the exit code: 0, 1 for problems that `verify` found, or 2 after a one-line error."""
     options = parser().parse_args(arguments)
+    commands = {"pareto": _pareto, "table": _table, "daily": _daily, "verify": _verify}
     try:
-        if options.command == "pareto":
-            _pareto(options)
-        else:
-            _table(options)
+        return commands[options.command](options) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _pareto(options: argparse.Namespace) -> None:
@@ -90,6 +98,31 @@ def _table(options: argparse.Namespace) -> None:
     console = Console()
     # A pipe has no width: wide enough that no cell is folded away from whoever reads the file.
     (console if console.is_terminal else Console(width=160)).print(rendered)
+
+
+def _daily(options: argparse.Namespace) -> None:
+    from datetime import date
+
+    from analysis import daily, table
+
+    sheet = daily.compute(options.tracking_uri, daily.parse_date(options.date) if options.date else date.today())
+    if options.csv:
+        table.save(options.csv, daily.csv_text(sheet))
+    if options.markdown:
+        table.save(options.markdown, daily.markdown(sheet))
+    print(daily.markdown(sheet), end="")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from analysis import verify
+
+    found = verify.check(Path(options.folder), options.tracking_uri)
+    for note in found.notes:
+        print(f"note: {note}")
+    for problem in found.problems:
+        print(f"problem: {problem}")
+    print(found.summary + (f"; {len(found.problems)} problems" if found.problems else "; no problem"))
+    return 1 if found.problems else 0
 
 
 if __name__ == "__main__":

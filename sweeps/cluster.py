@@ -51,8 +51,9 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def connect(address: str | None) -> Iterator[Cluster]:
-    """Ray for the length of a sweep. address: None starts one here; `auto` or host:port joins one.
+def connect(address: str | None, share: float = 1.0) -> Iterator[Cluster]:
+    """Ray for the length of a sweep. address: None starts one here; `auto` or host:port joins one, of whose slots the
+    sweep uses the given share, at least one.
 
     Raises InputError when no cluster answers or its token is missing or wrong.
     """
@@ -97,7 +98,7 @@ def connect(address: str | None) -> Iterator[Cluster]:
         total = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus = 1 if total.get("GPU", 0) >= 1 else 0
         slots = int(total["GPU"] if gpus else total.get("CPU", 1))
-        yield Cluster(slots=max(1, slots), gpus=gpus)
+        yield Cluster(slots=max(1, int(slots * share)), gpus=gpus)
     finally:
         ray.shutdown()
         if address is None:  # what else this process may do with Ray has nothing to do with our token

@@ -1,6 +1,7 @@
-"""The command line, the same for every sweep script."""
+"""The command line, the same for every sweep script; what a campaign has in common with them."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from sweeps.settings import PROFILES, parse_set
 
 @dataclass(frozen=True)
 class Flags:
-    """What was asked for. storage: an absolute folder. samples: searched trials (0 for the grid)."""
+    """What was asked for. storage: an absolute folder. samples: searched trials (0 for the grid). campaign: the
+    campaign that the sweep belongs to. share: part of the cluster's slots that the sweep uses.
+    """
 
     address: str | None
     profile: str
@@ -25,6 +28,8 @@ class Flags:
     dry_run: bool
     seed: int
     seeds: int | None
+    campaign: str | None
+    share: float
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,8 +37,8 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flags:
-    """Read the flags; InputError for what cannot be. doc: the script's docstring, shown by --help."""
+def common(doc: str) -> argparse.ArgumentParser:
+    """The flags that sweeps and campaigns share. doc: the script's docstring, shown by --help."""
     first, _, rest = doc.strip().partition("\n")
     parser = _Parser(
         description=first,
@@ -44,6 +49,30 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
     add = parser.add_argument
     add("--address", metavar="HOST:PORT", help="a running Ray cluster, or `auto`; default: this machine alone")
     add("--profile", choices=PROFILES, default="small", help="scale of everything (default: %(default)s)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable")
+    add("--storage", default="./runs", metavar="FOLDER", help="where sweeps are kept (default: %(default)s)")
+    add("--tracking-uri", metavar="URI", help="MLflow store or server (default: sqlite in the storage)")
+    add("--resume", action="store_true", help="go on with what was interrupted; what is finished is kept")
+    add("--dry-run", action="store_true", help="print what would run, its files and estimated cost; start nothing")
+    add("--seed", type=int, default=42, help="seed of the trials (default: %(default)s)")
+    return parser
+
+
+def check(given: argparse.Namespace) -> None:
+    """InputError for what cannot be among the flags of `common` and --campaign."""
+    for flag in ("storage", "tracking_uri", "address"):
+        if getattr(given, flag) == "":
+            raise InputError(f"--{flag.replace('_', '-')} is empty: give a value or leave it out")
+    if given.seed < 0:
+        raise InputError(f"--seed {given.seed}: expected 0 or more")
+    if given.campaign is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", given.campaign):
+        raise InputError(f"--campaign {given.campaign!r}: expected a name of letters, digits, dots, - and _")
+
+
+def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flags:
+    """Read the flags of a sweep; InputError for what cannot be. doc: as for `common`."""
+    parser = common(doc)
+    add = parser.add_argument
     add(
         "--search",
         choices=("grid", "optuna"),
@@ -51,19 +80,13 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         help="the plan's trials, or a search beyond them",
     )
     add("--samples", type=int, metavar="N", help="trials that --search optuna adds to the plan's own")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable")
-    add("--storage", default="./runs", metavar="FOLDER", help="where sweeps are kept (default: %(default)s)")
-    add("--tracking-uri", metavar="URI", help="MLflow store or server (default: sqlite in the storage)")
-    add("--resume", action="store_true", help="go on with an interrupted sweep; finished trials are kept")
-    add("--dry-run", action="store_true", help="print trials, files and estimated cost, and start nothing")
-    add("--seed", type=int, default=42, help="seed of the trials (default: %(default)s)")
     add("--seeds", type=int, metavar="N", help="run every trial with N seeds from --seed on (default: the script's)")
+    add("--campaign", metavar="NAME", help="the campaign that this belongs to: its folder, and a tag in MLflow")
+    add("--share", type=float, default=1.0, metavar="X", help="use this part of the cluster, 0 to 1 (default: all)")
     given = parser.parse_args(argv)
-    for flag in ("storage", "tracking_uri", "address"):
-        if getattr(given, flag) == "":
-            raise InputError(f"--{flag.replace('_', '-')} is empty: give a value or leave it out")
-    if given.seed < 0:
-        raise InputError(f"--seed {given.seed}: expected 0 or more")
+    check(given)
+    if not 0 < given.share <= 1:
+        raise InputError(f"--share {given.share}: expected a part of the cluster, above 0 and at most 1")
     if given.seeds is not None and given.seeds < 1:
         raise InputError(f"--seeds {given.seeds}: expected 1 or more")
     return Flags(
@@ -78,6 +101,8 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         dry_run=given.dry_run,
         seed=given.seed,
         seeds=given.seeds,
+        campaign=given.campaign,
+        share=given.share,
     )
 
 

@@ -28,6 +28,7 @@ from typing import Any
 from engines.errors import InputError
 
 NAME, LOCK = "journal.jsonl", "journal.lock"
+CAMPAIGN = "campaign.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 # What each event must carry beside `t` and `event`.
@@ -42,11 +43,16 @@ EVENTS: dict[str, frozenset[str]] = {
     "file": frozenset({"path", "trial_id"}),
     "choice": frozenset({"exp_id", "why"}),
     "end": frozenset({"status"}),
+    # of a campaign
+    "campaign": frozenset({"name", "plan", "profile", "seed", "overrides"}),
+    "selected": frozenset({"stages"}),
+    "start": frozenset({"stage"}),
+    "exit": frozenset({"stage", "code", "wall_s"}),
 }
 
 
 class Journal:
-    """The writer's end, one per sweep folder, which it locks until closed. For one thread at a time."""
+    """The writer's end, one per sweep or campaign, whose folder it locks until closed. For one thread at a time."""
 
     def __init__(self, path: Path, fd: int, lock: int) -> None:
         self.path, self._fd, self._lock = path, fd, lock
@@ -57,16 +63,16 @@ class Journal:
         self._syncer.start()
 
     @classmethod
-    def open(cls, folder: str | Path) -> Journal:
-        """Open or create the journal of `folder` and drop a torn last line.
+    def open(cls, folder: str | Path, name: str = NAME) -> Journal:
+        """Open or create the journal `name` of `folder` and drop a torn last line.
 
         Raises InputError when another process holds the folder (names its pid and host), when the folder
         cannot be written, or when the journal is damaged before its end.
         """
         folder = Path(folder)
-        lock = _lock(folder)
+        lock = _lock(folder, Path(name).with_suffix(".lock").name)
         try:
-            path = folder / NAME
+            path = folder / name
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 good = _good_bytes(path)
@@ -137,19 +143,19 @@ class Journal:
         self.close()
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, name: str) -> int:
     """The folder's lock, taken. A driver that abandons its sweep removes the file: a lock on that one holds nothing."""
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise _unwritable(folder, error.strerror) from error
         try:
             _take(lock, folder)
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-            if os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
+            if os.path.samestat(os.fstat(lock), os.stat(folder / name)):
                 return lock
         except FileNotFoundError:
             pass

@@ -70,8 +70,8 @@ class Order:
 
     @property
     def folder(self) -> Path:
-        """The sweep's own folder."""
-        return self.given.storage / self.name
+        """The sweep's own folder: below that of its campaign, if it belongs to one."""
+        return self.given.storage / (self.given.campaign or "") / self.name
 
     @property
     def tracking_uri(self) -> str:
@@ -91,6 +91,8 @@ class Order:
             "stage": self.sweep.stage,
             "domain": self.sweep.domain,
             "profile": self.given.profile,
+            "campaign": self.given.campaign,
+            "epochs": rule_of(self.sweep, self.resolved.values).max_evals,
             "config_hash": self.config_hash,
             "workload_hash": self.resolved.workload_hash,
             "settings": dict(self.config),
@@ -118,7 +120,7 @@ def run(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
         check_reachable(order.tracking_uri)
         if order.given.dry_run:
             known = inspect(order.folder, order.given.resume, order.header)
-            dry.show(order.sweep, order.planned, order.resolved, order.folder, order.given.samples, known)
+            dry.show(order.sweep, order.planned, order.resolved, order.folder, order.given, known)
             return 0
         return _execute(order)
     except (InputError, OSError) as error:
@@ -174,7 +176,7 @@ def _execute(order: Order) -> int:
         if order.given.resume:
             ledger.check(order.header)
         # In this order: Ray sets its own handler of SIGTERM, which would abort the process.
-        with ray_cluster.connect(order.given.address) as cluster, interruptible():
+        with ray_cluster.connect(order.given.address, order.given.share) as cluster, interruptible():
             return _sweep(order, ledger, cluster, clock, console)
     except KeyboardInterrupt:
         return _interrupted(order, ledger, console)

@@ -5,7 +5,7 @@ step.
 import contextlib
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,13 @@ def inspect(folder: Path, resume: bool, header: Mapping[str, Any]) -> SweepState
     state = SweepState.replay(folder / NAME)
     refuse_changed(folder.name, state.header, header)
     return state
+
+
+def sweeps_in(storage: Path) -> Iterator[tuple[Path, SweepState]]:
+    """Folder and state of every sweep in a storage, those of campaigns included; a damaged journal is passed over."""
+    for path in sorted([*storage.glob(f"*/{NAME}"), *storage.glob(f"*/*/{NAME}")]):
+        with contextlib.suppress(InputError):
+            yield path.parent, SweepState.replay(path)
 
 
 def _refuse(folder: Path, resume: bool) -> None:

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engines.errors import InputError
 from sweeps.cluster import Cluster
+from sweeps.hours import trained
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
 from sweeps.plan import Planned
@@ -23,7 +24,7 @@ from sweeps.progress import Progress
 from sweeps.settings import Resolved
 from sweeps.spec import Measures, Sweep
 from sweeps.training import one_line
-from trainables.gates import Gate
+from trainables.gates import Gate, judge_all
 from trainables.record import Record, finite, now
 
 OWN_FIELDS = {field.name for field in fields(Record)} - {"extra"}
@@ -153,10 +154,7 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
     if bench.sweep.measure is None and state.results:
         own, more = _from_best_result(state)
         measured, extra = own | measured, more | extra
-    # On a shared core the clock also counts others' work: there the trainable's own CPU time is what a trial costs.
-    busy = "epoch_s" if bench.cluster.gpus else "cpu_s"
-    seconds = [metrics.get(busy, metrics.get("epoch_s", math.nan)) for _, metrics in state.results]
-    hours = finite(sum(second for second in seconds if math.isfinite(second)) / 3600)
+    hours = trained(state, on_gpu=bool(bench.cluster.gpus))
     values: dict[str, Any] = {
         **bench.common,
         "exp_id": trial.exp_id,
@@ -189,14 +187,8 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
 
 def judge(record: Record, gate: Gate | None, trial: Planned) -> tuple[str, str]:
     """Verdict and its numbers in words: every gate must pass, the sweep's and the trial's own."""
-    if record.stop_reason in ("diverged", "failed"):
-        return "fail", f"the trial {record.stop_reason}; its best weights until then were measured"
-    gates = [*([gate] if gate else []), *trial.gates]
-    if not gates:
-        return "n/a", "this sweep has no gate"
-    verdicts = [one.judge(record, role=trial.role) for one in gates]
-    worst = min((verdict.verdict for verdict in verdicts), key=["fail", "n/a", "pass"].index)
-    return worst, "; ".join(dict.fromkeys(verdict.detail for verdict in verdicts))
+    found = judge_all(record, [*([gate] if gate else []), *trial.gates], trial.role)
+    return found.verdict, found.detail
 
 
 def judge_baseline(record: Record) -> tuple[str, str]:

@@ -10,13 +10,13 @@ from typing import Any
 
 from sweeps.journal import SweepState, TrialState
 from sweeps.settings import WORKLOADS, flat_params
+from trainables.record import INPUTS
 
 Point = tuple[str, float, int, int]  # name, value, ms since the epoch, step
 
 _LONGEST_TAG, _LONGEST_PARAM = 8000, 6000  # MLflow's limits, in characters
-_INPUTS = ("combo", "rho", "T", "beta", "gamma", "bits_w", "bits_a", "keep_list", "seed")
 _REALS = {"rho", "T", "beta", "gamma"}
-_SHARED = ("sweep_id", "stage", "domain", "profile", "workload_hash", "config_hash", "git_commit")
+_SHARED = ("sweep_id", "campaign", "stage", "domain", "profile", "workload_hash", "config_hash", "git_commit")
 _TEXTS = ("verdict", "verdict_detail", "stop_reason", "engine", "device", "parent", "notes")
 
 
@@ -49,7 +49,7 @@ def tags(state: SweepState, trial: TrialState | None, parent_run: str) -> dict[s
     if trial is None:
         shown |= {"role": "sweep", "chosen": state.chosen}
     else:
-        names = ("trial_id", "exp_id", "task_id", "role", "number")
+        names = ("trial_id", "exp_id", "task_id", "role", "number", "saves")
         shown |= {key: getattr(trial, key) for key in names} | {"mlflow.parentRunId": parent_run}
         shown["stop_reason"] = trial.stop[1] if trial.stop else None
         shown["error"] = trial.error
@@ -66,7 +66,7 @@ def params(state: SweepState, trial: TrialState | None) -> dict[str, str]:
         shown = dict(state.header.get("settings") or {})
     else:
         record = trial.record or {}
-        shown = {key: record[key] for key in _INPUTS if record.get(key) is not None} | trial.params
+        shown = {key: record[key] for key in INPUTS if record.get(key) is not None} | trial.params
         if trial.role == "trial":
             shown = _training(state.header.get("settings") or {}) | shown
     return {key: _param(key, value)[:_LONGEST_PARAM] for key, value in shown.items() if value is not None}
@@ -89,7 +89,7 @@ def points(event: Mapping[str, Any], ms: int) -> list[Point]:
     if event["event"] == "result":
         numbers, step = event["metrics"], event["epoch"]
     elif event["event"] == "record":
-        numbers, step = {key: value for key, value in event["record"].items() if key not in _INPUTS}, 0
+        numbers, step = {key: value for key, value in event["record"].items() if key not in INPUTS}, 0
     else:
         return []
     return [

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps import mlflow_content as content
 from sweeps.journal import SweepState, parse
-from sweeps.tracking import CURSOR, EXPERIMENT, sqlite_path
+from sweeps.tracking import CURSOR, EXPERIMENT, lock_of, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -143,7 +143,7 @@ class Mirror:
         # For a file MLflow would put artifacts below whatever the working directory is.
         artifacts = (path.parent / "mlartifacts").as_uri() if path else None
         # Two sweeps that start on one fresh file would run MLflow's table migrations against each other.
-        with _locked(path.with_name(path.name + ".lock")) if path else contextlib.nullcontext():
+        with _locked(lock_of(path)) if path else contextlib.nullcontext():
             with _artifact_root(artifacts):
                 client = MlflowClient(self.uri)
             found = client.get_experiment_by_name(EXPERIMENT)

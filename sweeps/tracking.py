@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import http.client
+import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -58,17 +63,23 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(path).resolve()
 
 
+def lock_of(database: Path) -> Path:
+    """The file that a mirror locks while MLflow makes or changes the tables of a sqlite file."""
+    return database.with_name(f"{database.name}.lock")
+
+
 def check_reachable(uri: str, timeout_s: float = 5.0) -> None:
     """Raise InputError (one line) when no MLflow store answers at `uri`; takes at most about `timeout_s`.
 
-    Only what can be seen without importing MLflow: a sqlite file that can be written, an MLflow server that
-    lets us read, a database that listens.
+    Only what can be seen without importing MLflow: a sqlite file that can be written, is not locked and has the tables
+    of this MLflow's version, an MLflow server that lets us read, a database that listens.
     """
     path = sqlite_path(uri)
     parts = urlsplit(uri)
     kind = parts.scheme.partition("+")[0]
     if path:
         _check_file(path)
+        _check_tables(path, timeout_s)
     elif kind in ("http", "https"):
         try:
             whole = bool(parts.hostname) and parts.port != 0
@@ -100,6 +111,48 @@ def _check_file(path: Path) -> None:
             raise InputError(f"{here}: cannot be written, expected a folder for the MLflow database (see --storage)")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a writable file for the MLflow database") from None
+
+
+def _check_tables(path: Path, timeout_s: float) -> None:
+    """MLflow refuses a store of another version, which the sweep would only see as an outage that never ends."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        with contextlib.suppress(FileNotFoundError), lock_of(path).open() as migrating:
+            fcntl.flock(migrating, fcntl.LOCK_SH)  # another sweep may be making the tables just now
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=timeout_s)) as database:
+            tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
+            found = database.execute("select version_num from alembic_version").fetchone() if tables else None
+    except sqlite3.Error as error:
+        if "locked" in str(error):
+            raise InputError(
+                f"{path}: another program has locked the database for over {timeout_s:g} s; end it, or give another "
+                "--tracking-uri"
+            ) from None
+        raise InputError(f"{path}: not a database of MLflow ({error}); give another --tracking-uri") from None
+    known, newest = _revisions()
+    if found and newest and found[0] not in newest:
+        version, uri = importlib.metadata.version("mlflow"), f"sqlite:///{path}"
+        how = f"back it up, then `mlflow db upgrade {uri}`" if found[0] in known else "install the MLflow that made it"
+        age = "an older" if found[0] in known else "another"
+        raise InputError(
+            f"{path}: made by {age} version of MLflow than {version} (its tables are of revision {found[0]}); {how}, "
+            "or give another --tracking-uri"
+        )
+
+
+def _revisions() -> tuple[set[str], set[str]]:
+    """All revisions of its tables that the installed MLflow knows, and the newest; empty where it lies otherwise.
+
+    Asking MLflow itself would import it, which takes seconds.
+    """
+    spec = importlib.util.find_spec("mlflow")
+    places = (spec.submodule_search_locations if spec else None) or []
+    files = [file for place in places for file in Path(place).glob("store/db_migrations/versions/*.py")]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    known = {found[1] for text in texts if (found := re.search(r'^revision = "(\w+)"', text, re.MULTILINE))}
+    below = {found[1] for text in texts if (found := re.search(r'^down_revision = "(\w+)"', text, re.MULTILINE))}
+    return known, known - below
 
 
 def _check_server(uri: str, timeout_s: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -147,3 +147,21 @@ class Gate:
 
     def _say(self, value: float) -> str:
         return f"{100 * value:.3g} %" if self.metric in ("drop", "params_down") else f"{value:.4g}"
+
+
+def judge_all(record: Record, gates: Sequence[Gate], role: str = "trial") -> Verdict:
+    """The worst of the gates' verdicts with all their numbers; a trial that diverged or failed fails in any case."""
+    if record.stop_reason in ("diverged", "failed"):
+        return Verdict("fail", f"the trial {record.stop_reason}; its best weights until then were measured")
+    if not gates:
+        return Verdict("n/a", "no gate")
+    verdicts = [one.judge(record, role) for one in gates]
+    worst = min((verdict.verdict for verdict in verdicts), key=["fail", "n/a", "pass"].index)
+    return Verdict(worst, "; ".join(dict.fromkeys(verdict.detail for verdict in verdicts)))
+
+
+def judge_any(records: Iterable[Record], gates: Sequence[Gate]) -> Verdict:
+    """The best verdict that any of the trials reaches with all gates; fail where there is none."""
+    verdicts = [judge_all(record, gates) for record in records]
+    rank = ["pass", "n/a", "fail"].index
+    return min(verdicts, key=lambda found: rank(found.verdict), default=Verdict("fail", "no trial was measured"))

@@ -170,6 +170,8 @@ _EXTRA_META = {
 }
 FIELDS: tuple[str, ...] = tuple(_META)[:25]
 EXTRAS: tuple[str, ...] = tuple(_META)[25:]
+# What a trial was given rather than what was measured: MLflow has these as parameters, all other numbers as metrics.
+INPUTS = ("combo", "rho", "T", "beta", "gamma", "bits_w", "bits_a", "keep_list", "seed")
 UNITS: dict[str, str] = {name: meta["unit"] for name, meta in _META.items()}
 
 

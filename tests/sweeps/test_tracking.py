@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import socketserver
+import sqlite3
 import subprocess
 import sys
 import time
@@ -199,6 +200,34 @@ def test_a_port_in_other_use_is_not_taken_for_mlflow(answer):
     with speaks(answer) as port, pytest.raises(InputError, match="something answers, but it is no MLflow") as error:
         check_reachable(f"http://127.0.0.1:{port}")
     assert "\n" not in str(error.value) and f"127.0.0.1:{port}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("revision", "said"),
+    [("451aebb31d03", "made by an older version of MLflow than .*mlflow db upgrade sqlite:///"),
+     ("ffffffffffff", "made by another version of MLflow than .*revision ffffffffffff")],
+)  # fmt: skip
+def test_a_store_of_another_mlflow_version_is_refused(storage, revision, said):
+    uri = f"sqlite:///{storage / 'mlflow.db'}"
+    check_reachable(uri)  # as this version made it
+    with sqlite3.connect(storage / "mlflow.db") as database:
+        database.execute("update alembic_version set version_num = ?", (revision,))
+    with pytest.raises(InputError, match=said) as caught:
+        check_reachable(uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_locked_store_and_one_of_something_else_are_refused(storage, tmp_path):
+    with contextlib.closing(sqlite3.connect(storage / "mlflow.db")) as holder:
+        holder.execute("begin exclusive")
+        with pytest.raises(InputError, match="has locked the database for over 0.1 s"):
+            check_reachable(f"sqlite:///{storage / 'mlflow.db'}", timeout_s=0.1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        other.execute("create table mine (x)")
+    with pytest.raises(InputError, match="not a database of MLflow"):
+        check_reachable(f"sqlite:///{tmp_path / 'other.db'}")
+    (tmp_path / "empty.db").touch()
+    check_reachable(f"sqlite:///{tmp_path / 'empty.db'}")
 
 
 def test_unusable_addresses_end_in_one_line(tmp_path):

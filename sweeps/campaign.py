@@ -1,0 +1,209 @@
+"""The whole plan as one command: its stages in the order of their needs, each as the script that a user would start.
+
+python sweeps/campaign.py --plan dust3r --dry-run                 # order, hours, disk and files; starts nothing
+python sweeps/campaign.py --plan dust3r --profile demo            # everything at a small scale, to see that it works
+python sweeps/campaign.py --plan all                              # both domains, profile small
+python sweeps/campaign.py --plan all --resume                     # go on after any interruption
+python sweeps/campaign.py --plan dust3r --only K KQ               # some stages (or tasks: K-2 stands for K)
+python sweeps/campaign.py --plan dust3r --address auto --profile full --set teacher=FILE.pth    # side by side
+
+A task that missed its hard line (a failed gate) holds up the stages that depend on it; the rest goes on. At profile
+demo no gate holds anything up: its few epochs show the machinery, and the INT8 student needs a student, good or not.
+--keep-going does the same at the other profiles. What needs a file that was not made is held up in any case.
+
+Exit code: 0 everything ran (and, but for demo and --keep-going, met its hard lines), 1 not so, 2 bad input,
+130 interrupted.
+"""
+
+from sweeps.interrupts import INTERRUPTED, from_now_on, interruptible  # before what is slow to import
+
+# isort: split
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from engines.errors import InputError
+from sweeps import campaign_screen as screen
+from sweeps import deliverables, flags
+from sweeps.catalogue import PLANS, Stage, select
+from sweeps.conduct import Conductor, Plan
+from sweeps.journal import CAMPAIGN, Journal, read_events
+from sweeps.launch import git_commit, masked, program
+from sweeps.settings import parse_set, resolve
+from sweeps.tracking import check_reachable, default_uri
+
+SIDE_BY_SIDE = 3  # on a cluster: the stages of the main line keep a third of it
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be done. storage: where the campaign's folder lies."""
+
+    plan: Plan
+    storage: Path
+    resume: bool
+    dry_run: bool
+    command: str
+
+
+def main(argv: Sequence[str] | None = None, plans: Mapping[str, Sequence[Stage]] = PLANS) -> None:
+    """Run a campaign as the command line says; exits with the codes that its help names."""
+    code = run(argv, plans)
+    if code:
+        sys.exit(code)
+
+
+def run(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]] = PLANS) -> int:
+    """`main` with the exit code as its result."""
+    command = shlex.join([program("python"), *(sys.argv if argv is None else ["campaign", *argv])])
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # a log file has no edge at which a table would have to wrap
+    try:
+        from_now_on()
+        order = take_order(argv, plans, command)
+        check_reachable(order.plan.tracking_uri)
+        _refuse(order)
+        if order.dry_run:
+            screen.preview(console, order.plan, order.storage)
+            return 0
+        return _execute(order, console)
+    except (InputError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def take_order(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]], command: str) -> Order:
+    """Flags -> checked plan; InputError for anything that cannot be. Touches nothing."""
+    parser = flags.common(__doc__ or "")
+    add = parser.add_argument
+    add("--plan", choices=tuple(plans), required=True, help="which plan")
+    add("--only", nargs="+", action="extend", default=[], metavar="STAGE", help="run these stages alone")
+    add("--from", dest="start", metavar="STAGE", help="leave out what comes before this stage")
+    add("--skip", nargs="+", action="extend", default=[], metavar="STAGE", help="leave these stages out")
+    add("--keep-going", action="store_true", help="a missed hard line holds nothing up (always so at profile demo)")
+    shared = f"stages at a time, each with a share of the cluster (default: {SIDE_BY_SIDE}; 1 without --address)"
+    add("--side-by-side", type=int, metavar="N", help=shared)
+    add("--campaign", metavar="NAME", help="the campaign's name (default: of plan, profile and seed)")
+    given = parser.parse_args(argv)
+    flags.check(given)
+    width = given.side_by_side if given.side_by_side is not None else SIDE_BY_SIDE if given.address else 1
+    if width < 1 or (width > 1 and not given.address):
+        raise InputError(f"--side-by-side {width}: expected 1, or more with --address: one machine runs them in order")
+    stages = plans[given.plan]
+    name = given.campaign or f"{given.plan}_{given.profile}_seed{given.seed}"
+    storage = Path(given.storage).expanduser().absolute()
+    passed = ["--storage", str(storage)]
+    for flag in ("tracking_uri", "address"):
+        value = getattr(given, flag)
+        passed += [f"--{flag.replace('_', '-')}", value] if value else []
+    plan = Plan(
+        name=name, plan=given.plan, profile=given.profile, seed=given.seed, stages=stages,
+        selected=select(stages, given.only, given.start, given.skip), folder=storage / name,
+        tracking_uri=given.tracking_uri or default_uri(storage), flags=passed,
+        overrides=dict(zip(parse_set(given.set), given.set, strict=True)),
+        lenient=given.keep_going or given.profile == "demo", width=width,
+    )  # fmt: skip
+    _check_settings(plan)
+    _check_needs(plan)
+    return Order(plan, storage, given.resume, given.dry_run, command)
+
+
+def _check_settings(plan: Plan) -> None:
+    """InputError for settings that no selected stage knows, and for values that one of them refuses."""
+    values = parse_set(list(plan.overrides.values()))
+    for key in values:
+        if not any(stage.knows(key) for stage in plan.selected):
+            raise InputError(f"--set {key}: no stage of this campaign has that setting; see sweeps/settings/*.yaml")
+    for stage in plan.selected:
+        own = {key: value for key, value in values.items() if stage.knows(key)}
+        taken = [need.setting for need in stage.needs if need.setting in own]
+        if taken:
+            raise InputError(f"--set {taken[0]}: stage {stage.id} takes it from an earlier one; run that script alone")
+        resolve(stage.settings, plan.profile, own)
+
+
+def _check_needs(plan: Plan) -> None:
+    """InputError for a stage that needs the file of one that is neither selected nor finished in this campaign."""
+    for stage in plan.selected:
+        for need in stage.needs:
+            source = plan.source(need)
+            if need.file and source.stage not in plan.selected and not source.file(need.file):
+                raise InputError(
+                    f"stage {stage.id} needs {need.file} of stage {source.stage.id}, which is not selected and not "
+                    f"finished in {plan.folder}: select it too, or leave {stage.id} out"
+                )
+
+
+def _refuse(order: Order) -> None:
+    """InputError for a campaign that is there already (without --resume), is not (with it), or was another one."""
+    plan, path = order.plan, order.plan.folder / CAMPAIGN
+    before = next(read_events(path), None) if path.is_file() else None
+    if before and not order.resume:
+        raise InputError(
+            f"{plan.folder} already holds this campaign: add --resume to go on, or give another --campaign"
+        )
+    if not before and order.resume:
+        there = ", ".join(sorted(found.parent.name for found in order.storage.glob(f"*/{CAMPAIGN}")))
+        raise InputError(
+            f"--resume: no campaign {plan.name} in {order.storage}" + (f"; there are {there}" if there else "")
+            + "; start it without --resume"
+        )  # fmt: skip
+    if before:
+        changed = [key for key, value in _identity(plan).items() if before.get(key) != value]
+        if changed:
+            said = ", ".join(f"{key} was {before.get(key)!r}, is now {_identity(plan)[key]!r}" for key in changed)
+            raise InputError(
+                f"--resume: campaign {plan.name} was started otherwise ({said}); give the same, or another --campaign"
+            )
+
+
+def _identity(plan: Plan) -> dict[str, object]:
+    """What a resumed campaign must have in common with its start."""
+    return {"plan": plan.plan, "profile": plan.profile, "seed": plan.seed, "overrides": dict(plan.overrides)}
+
+
+def _execute(order: Order, console: Console) -> int:
+    plan = order.plan
+    with Journal.open(plan.folder, CAMPAIGN) as journal:
+        if not order.resume:
+            header = {"name": plan.name, **_identity(plan), "git_commit": git_commit()}
+            journal.append("campaign", **header)
+        journal.append("selected", stages=[stage.id for stage in plan.selected], command=masked(order.command))
+
+        def say(text: str) -> None:
+            console.print(text, style="bold", markup=False, soft_wrap=True)
+
+        conductor = Conductor(plan, journal, say, on_end=lambda: _collect(plan))
+        try:
+            with interruptible():
+                conductor.run()
+        except KeyboardInterrupt:
+            resume = order.command if order.resume else f"{order.command} --resume"
+            console.print(f"\nInterrupted; nothing finished is lost. Go on with: {resume}", soft_wrap=True)
+            journal.append("end", status="interrupted")
+            return INTERRUPTED
+        found = _collect(plan)
+        screen.closing(console, plan, found, conductor.held)
+        journal.append("end", status="finished")
+    missed = any(row.selected and row.verdict == "fail" for row in found.manifest.tasks)
+    return 1 if conductor.held or (missed and not plan.lenient) else 0
+
+
+def _collect(plan: Plan) -> deliverables.Delivered:
+    wall_s: dict[str, float] = {}
+    for event in read_events(plan.folder / CAMPAIGN):
+        if event["event"] == "exit":
+            wall_s[event["stage"]] = wall_s.get(event["stage"], 0.0) + event["wall_s"]
+    return deliverables.write(plan, wall_s)
+
+
+if __name__ == "__main__":
+    main()

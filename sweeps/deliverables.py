@@ -1,0 +1,171 @@
+"""The folder that a campaign hands over: the plan's files by their names, the table of all records, the hours, and a
+manifest with hashes.
+
+Every file appears whole or not at all, and the manifest last: what it lists is there.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from analysis.manifest import FORMAT, NAME, TABLE, File, Line, Manifest, Row
+from analysis.store import open_store
+from engines.errors import InputError
+from sweeps import hours
+from sweeps.catalogue import Stage
+from sweeps.conduct import Plan
+from sweeps.hours import Account, TrialHours
+from sweeps.launch import git_commit
+from sweeps.outcome import Outcome
+from trainables.record import Record, now, write_csv
+
+FOLDER = "deliverables"
+LEDGER = ("ledger.json", "ledger.csv")
+RunIds = Mapping[tuple[str, str | None], str]  # (sweep id, trial id; None for the sweep's own run) -> run id
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """What was written. unlogged: records that MLflow does not have yet."""
+
+    folder: Path
+    manifest: Manifest
+    total: Account
+    stages: tuple[Account, ...]
+    unlogged: int
+
+
+def write(plan: Plan, wall_s: Mapping[str, float]) -> Delivered:
+    """Collect what the campaign has so far. wall_s: by stage, of all its starts.
+
+    Files that an earlier call wrote and that no longer belong are removed; anything else in the folder stays.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = plan.folder / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = [plan.outcome(stage) for stage in plan.stages]
+    runs = run_ids(plan)
+    files = [file for outcome in outcomes for file in _deliver(outcome, folder, runs)]
+    records = [record for outcome in outcomes for record in _records(outcome, runs)]
+    write_csv(folder / TABLE, records)
+    total, stages, rows = accounts(plan, outcomes, wall_s)
+    _put(folder / LEDGER[0], lambda path: path.write_text(json.dumps(hours.as_data(total, stages, rows), indent=1)))
+    _put(folder / LEDGER[1], lambda path: path.write_text(hours.as_csv(rows)))
+    files += [_described(folder / name) for name in (TABLE, *LEDGER)]
+    chosen = {stage.id for stage in plan.selected}
+    manifest = Manifest(
+        format=FORMAT, campaign=plan.name, plan=plan.plan, profile=plan.profile, seed=plan.seed,
+        git_commit=git_commit(), written=now(), files=tuple(files),
+        tasks=tuple(row for outcome in outcomes for row in _rows(outcome, runs, outcome.stage.id in chosen)),
+    )  # fmt: skip
+    _sweep_out(folder, {file.file for file in files})
+    _put(folder / NAME, lambda path: path.write_text(manifest.model_dump_json(indent=1)))
+    return Delivered(folder, manifest, total, stages, sum("run_id" not in record.extra for record in records))
+
+
+def accounts(
+    plan: Plan, outcomes: Sequence[Outcome], wall_s: Mapping[str, float]
+) -> tuple[Account, tuple[Account, ...], list[TrialHours]]:
+    """The hours of the campaign, of its stages that have begun, and of their trials."""
+    rows, stages = [], []
+    for outcome in (one for one in outcomes if one.begun):
+        stage = outcome.stage
+        own = hours.of_trials(stage.id, outcome.state)
+        rows += own
+        stages.append(hours.account(stage.id, own, wall_s.get(stage.id), hours.estimate(stage, plan.profile)))
+    return hours.together(plan.name, stages, rows), tuple(stages), rows
+
+
+def run_ids(plan: Plan) -> RunIds:
+    """The MLflow runs of the campaign's sweeps; empty where no store answers."""
+    found: dict[tuple[str, str | None], str] = {}
+    with contextlib.suppress(InputError), open_store(plan.tracking_uri) as store:
+        for parent in store.sweeps():
+            if parent.tags.get("campaign") == plan.name:
+                sweep_id = parent.tags.get("sweep_id", "")
+                found[sweep_id, None] = parent.run_id
+                found |= {(sweep_id, run.tags.get("trial_id")): run.run_id for run in store.children(parent.run_id)}
+    return found
+
+
+def _deliver(outcome: Outcome, folder: Path, runs: RunIds) -> list[File]:
+    delivered = []
+    for name in (name for task in outcome.stage.tasks for name in task.files):
+        found = outcome.file(name) if outcome.finished else None
+        if found:
+            source, trial_id = found
+            _put(folder / name, lambda path, source=source: _link(source, path))  # type: ignore[misc]
+            run_id = runs.get((_sweep_id(outcome), trial_id))
+            delivered.append(_described(folder / name, outcome.stage, run_id))
+    return delivered
+
+
+def _records(outcome: Outcome, runs: RunIds) -> list[Record]:
+    """The stage's records, each with its stage and its run in MLflow."""
+    found = []
+    for trial in outcome.state.trials.values():
+        if trial.record:
+            record, run_id = Record.from_dict(trial.record), runs.get((_sweep_id(outcome), trial.trial_id))
+            beside = {"stage": outcome.stage.id} | ({"run_id": run_id} if run_id else {})
+            found.append(replace(record, extra={**record.extra, **beside}))
+    return found
+
+
+def _rows(outcome: Outcome, runs: RunIds, selected: bool) -> list[Row]:
+    rows = []
+    for task in outcome.stage.tasks:
+        verdict = outcome.verdict(task)
+        judged = [runs.get((_sweep_id(outcome), trial.trial_id)) for trial in outcome.judged(task)]
+        row = Row(
+            task=task.id, stage=outcome.stage.id, title=task.title, selected=selected, finished=outcome.finished,
+            files=task.files, missing=tuple(outcome.missing(task)), verdict=verdict.verdict, detail=verdict.detail,
+            lines=tuple(Line(**vars(gate)) for gate in task.gates), judged=tuple(run for run in judged if run),
+        )  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def _sweep_id(outcome: Outcome) -> str:
+    return str(outcome.state.header.get("sweep_id", ""))
+
+
+def _described(path: Path, stage: Stage | None = None, run_id: str | None = None) -> File:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(
+        file=path.name, sha256=digest, bytes=path.stat().st_size, stage=stage.id if stage else None, run_id=run_id
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same content without the space, where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _put(path: Path, make: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    make(temporary)
+    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)  # of two links to one file a rename does nothing
+
+
+def _sweep_out(folder: Path, kept: set[str]) -> None:
+    """Remove what an earlier manifest listed and this one does not."""
+    try:
+        listed = {file.file for file in Manifest.read(folder / NAME).files}
+    except InputError:
+        return
+    for name in listed - kept:
+        if Path(name).name == name:
+            (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,137 @@
+"""What training cost and what stopping saved, in hours: per trial, stage and campaign, from the sweeps' journals.
+
+Hours are of training and validation, as in the records: on an accelerator the clock's, on a CPU the trainable's own CPU
+time, since on a shared core the clock also counts others' work. Measuring after training is not among them; the wall
+time of a stage has everything. Saved are the epochs that a stopped trial did not run, at its own mean hours per epoch.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sweeps.catalogue import Stage
+from sweeps.journal import SweepState, TrialState
+
+
+@dataclass(frozen=True)
+class TrialHours:
+    """One trial. unit: GPU or CPU. planned: epochs that it would have run. saved: hours, 0 unless it was stopped."""
+
+    stage: str
+    task_id: str
+    exp_id: str
+    unit: str
+    hours: float
+    epochs: int
+    planned: int
+    stop_reason: str
+    saved: float
+
+
+@dataclass(frozen=True)
+class Account:
+    """Hours of a stage or of all. saved: hours by the reason for which trials were stopped. wall_h: by the clock, of
+    all starts of the stage, None where no campaign timed it. estimate: from and to, None where there is none.
+    """
+
+    name: str
+    unit: str
+    trials: int
+    hours: float
+    saved: Mapping[str, float]
+    wall_h: float | None
+    estimate: tuple[float, float] | None
+
+    @property
+    def sentence(self) -> str:
+        """What the closing screen says."""
+        unit = f"{self.unit}-hours"
+        saved = sum(self.saved.values())
+        share = f" ({100 * saved / (self.hours + saved):.0f} % of what no stopping would have cost)" if saved else ""
+        by = ", ".join(f"{reason} {hours:.3g}" for reason, hours in self.saved.items())
+        said = f"{self.hours:.3g} {unit} of training in {self.trials} trials; stopping saved {saved:.3g}{share}"
+        said += f": {by}" if by else ""
+        if self.wall_h is not None:
+            said += f"; {self.wall_h:.3g} hours by the clock"
+        if self.estimate is not None:
+            low, high = self.estimate
+            said += f"; estimated {low:.3g}" + (f" to {high:.3g}" if high > low else "")
+        return said
+
+
+def trained(trial: TrialState, on_gpu: bool) -> float:
+    """Hours that the trial's epochs took: by the clock on an accelerator, else of the CPU."""
+    busy = "epoch_s" if on_gpu else "cpu_s"
+    seconds = [metrics.get(busy, metrics.get("epoch_s", math.nan)) for _, metrics in trial.results]
+    return sum(second for second in seconds if math.isfinite(second)) / 3600
+
+
+def on_gpu(state: SweepState) -> bool:
+    """Whether the sweep ran on accelerators, as its records say."""
+    return any((trial.record or {}).get("gpu_hours") is not None for trial in state.trials.values())
+
+
+def of_trials(stage: str, state: SweepState) -> list[TrialHours]:
+    """The hours of a sweep's trials; those that have not begun are left out."""
+    gpu, found = on_gpu(state), []
+    for trial in state.trials.values():
+        if trial.role != "trial" or not trial.results:
+            continue
+        hours, done = trained(trial, gpu), trial.epoch
+        reason = trial.stop[1] if trial.stop else ""
+        planned = int(state.header.get("epochs") or done)
+        left = max(0, planned - done) if reason not in ("", "completed") else 0
+        unit = "GPU" if gpu else "CPU"
+        row = TrialHours(
+            stage, trial.task_id, trial.exp_id, unit, hours, done, planned, reason, hours / len(trial.results) * left
+        )
+        found.append(row)
+    return found
+
+
+def estimate(stage: Stage, profile: str) -> tuple[float, float] | None:
+    """The catalogue's hours: of the plan at full, else what training once took on a CPU."""
+    if profile == "full":
+        return stage.gpu_hours if stage.gpu_hours[1] else None
+    return (stage.cpu_hours[profile],) * 2 if profile in stage.cpu_hours else None
+
+
+def account(
+    name: str, rows: Sequence[TrialHours], wall_s: float | None, estimated: tuple[float, float] | None
+) -> Account:
+    """The sums of trials' hours."""
+    saved: dict[str, float] = {}
+    for row in rows:
+        if row.saved:
+            saved[row.stop_reason] = saved.get(row.stop_reason, 0.0) + row.saved
+    unit = " and ".join(sorted({row.unit for row in rows})) or "CPU"
+    hours = sum(row.hours for row in rows)
+    return Account(name, unit, len(rows), hours, saved, None if wall_s is None else wall_s / 3600, estimated)
+
+
+def together(name: str, accounts: Sequence[Account], rows: Sequence[TrialHours]) -> Account:
+    """The sum of stages; of the estimate only where all stages have one."""
+    walls = [one.wall_h for one in accounts if one.wall_h is not None]
+    known = [one.estimate for one in accounts if one.estimate]
+    whole = (sum(low for low, _ in known), sum(high for _, high in known))
+    total = account(name, rows, 3600 * sum(walls) if walls else None, whole if len(known) == len(accounts) else None)
+    return total
+
+
+def as_data(total: Account, stages: Iterable[Account], rows: Iterable[TrialHours]) -> dict[str, Any]:
+    """ledger.json: the campaign, its stages, its trials."""
+    return {"campaign": asdict(total), "stages": [asdict(s) for s in stages], "trials": [asdict(r) for r in rows]}
+
+
+def as_csv(rows: Iterable[TrialHours]) -> str:
+    """ledger.csv: one line per trial."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [field.name for field in fields(TrialHours)]
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow([getattr(row, name) for name in names])
+    return text.getvalue()

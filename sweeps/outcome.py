@@ -1,0 +1,86 @@
+"""What a stage of a campaign came to, by its sweep's journal alone: whether it is over, the verdicts, the files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sweeps.catalogue import Stage, Task
+from sweeps.journal import NAME, SweepState, TrialState
+from sweeps.tracking import CURSOR
+from trainables.gates import Verdict, judge_any
+from trainables.record import Record
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A stage, the folder of its sweep, and what the journal there says; an empty state before its first line."""
+
+    stage: Stage
+    folder: Path
+    state: SweepState
+
+    @classmethod
+    def read(cls, stage: Stage, folder: Path) -> "Outcome":
+        """InputError for a damaged journal."""
+        known = (folder / NAME).is_file()
+        return cls(stage, folder, SweepState.replay(folder / NAME) if known else SweepState())
+
+    @property
+    def begun(self) -> bool:
+        """Whether the sweep was started, so that only --resume goes on with it."""
+        return bool(self.state.header)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the sweep came to its end."""
+        return self.state.ended == "finished"
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether MLflow is known to have all of the journal; a start with --resume sends the rest."""
+        try:
+            cursor = json.loads((self.folder / CURSOR).read_bytes())
+            return not cursor["problem"] and bool(cursor["offset"] >= (self.folder / NAME).stat().st_size)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def file(self, name: str) -> tuple[Path, str | None] | None:
+        """A file that the sweep left and the trial that it is of; None where it is missing."""
+        for path, trial_id in self.state.files:
+            if Path(path).name == name and (self.folder / path).is_file():
+                return self.folder / path, trial_id
+        return None
+
+    def judged(self, task: Task) -> list[TrialState]:
+        """The trials that the task is judged by: the one whose file it delivers; else its own; else the one that the
+        sweep chose; else all.
+        """
+        trials = self.state.trials
+        owners = [found[1] for name in task.files if (found := self.file(name)) and found[1]]
+        if owners:
+            return [trials[owners[0]]]
+        measured = [trial for trial in trials.values() if trial.role == "trial" and trial.record]
+        own = [trial for trial in measured if trial.task_id == task.id]
+        chosen = [trial for trial in measured if trial.exp_id == self.state.chosen]
+        return own or chosen or measured
+
+    def verdict(self, task: Task) -> Verdict:
+        """Whether one of the trials that the task is judged by meets all its gates; n/a before the end, or without any.
+
+        The teacher's own record is judged by its sweep.
+        """
+        if not self.finished:
+            return Verdict("n/a", "not finished" if self.begun else "not started")
+        records = [(trial.role, trial.record) for trial in self.judged(task) if trial.record]
+        if [role for role, _ in records] == ["teacher"]:
+            record = records[0][1]
+            return Verdict(str(record.get("verdict")), str(record.get("verdict_detail")))
+        if not task.gates:
+            return Verdict("n/a", "no hard line")
+        return judge_any((Record.from_dict(record) for _, record in records), task.gates)
+
+    def missing(self, task: Task) -> list[str]:
+        """Files of the task that the sweep did not leave, each with the reason where one is known."""
+        why = [str(t.record["trt"]) for t in self.state.trials.values() if t.record and "trt" in t.record]
+        names = [name for name in task.files if not self.file(name)]
+        return [f"{name} ({why[0]})" if why and ".trt" in name else name for name in names]
