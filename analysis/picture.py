@@ -13,7 +13,8 @@ from matplotlib.patheffects import withStroke
 
 from analysis import style
 from analysis.labels import Box, place
-from analysis.pareto import Pareto, Vertex, split_at, steps
+from analysis.front import Vertex, split_at, steps, vertices
+from analysis.pareto import Pareto
 from analysis.points import Other, Point
 from analysis.style import Axes, Mark
 
@@ -30,13 +31,13 @@ def draw(pareto: Pareto, path: Path) -> None:
     foot = [piece for line in style.footer(pareto) for piece in textwrap.wrap(line, 160)]
     low = bottom(len(foot))
     ax = figure.add_axes((0.085, low, 0.845 if pareto.rate else 0.895, 0.825 - low))
-    frame(figure, ax, "Quality against latency", pareto.sweep, pareto.headline, foot)
+    frame(figure, ax, style.title(pareto), pareto.sweep, pareto.headline, foot)
     if not pareto.points:
         ax.set_axis_off()
         ax.text(
             0.5,
             0.5,
-            "no trial has both a drop and a latency yet",
+            f"no trial has both a drop and {pareto.across.subject} yet",
             ha="center",
             color=style.MUTED,
             fontsize=12,
@@ -112,19 +113,23 @@ def _plane(figure: Figure, ax: MplAxes, pareto: Pareto) -> None:
     if limit is not None:
         gate_line(ax, axes, limit, style.gate_text(pareto))
     _others(ax, axes, pareto.others)
-    line = steps(pareto.front, axes.top, axes.right)
+    for alpha, moment in zip((0.12, 0.2, 0.3), style.earlier(pareto), strict=False):
+        corners = _places(axes, steps(moment.front, axes.top, axes.right))
+        ax.plot(*corners, color=style.FRONT, linewidth=1.2, alpha=alpha, zorder=1.8)
+    points = style.drawn(pareto)
+    line = steps(vertices(pareto.front), axes.top, axes.right)
     above, below = split_at(line, limit)
     for part, dashes in ((above, (0, (1, 2))), (below, "-")):
         if part:
             ax.plot(*_places(axes, part), color=style.FRONT, linewidth=1.6, alpha=0.75, linestyle=dashes, zorder=2)
-    for look, group in style.kinds(pareto.points):
+    for look, group in style.kinds(points):
         _marks(ax, axes, look, group)
     # One entry for all hollow marks: an entry for each does not fit above the axes.
     looks = dict.fromkeys(
-        style.plain(point.kind) for look in style.MARKS for point in pareto.points if style.mark(point) == look
+        style.plain(point.kind) for look in style.MARKS for point in points if style.mark(point) == look
     )
     handles = [Line2D([], [], linestyle="none", label=look.word, **_mark_style(look)) for look in looks]
-    if any(not style.mark(point).filled for point in pareto.points):
+    if any(not style.mark(point).filled for point in points):
         hollow = Line2D([], [], linestyle="none", marker="o", markersize=7, color=style.MUTED)
         hollow.set(markerfacecolor="white", markeredgewidth=1.3, label="hollow: dominated")
         handles.append(hollow)
@@ -132,6 +137,8 @@ def _plane(figure: Figure, ax: MplAxes, pareto: Pareto) -> None:
         square = _mark_style(style.OTHER)
         handles.append(Line2D([], [], linestyle=OTHER_DASHES, linewidth=1.1, label=style.OTHER.word, **square))
     handles.append(Line2D([], [], color=style.FRONT, linewidth=1.6, alpha=0.75, label="front"))
+    if style.earlier(pareto):
+        handles.append(Line2D([], [], color=style.FRONT, linewidth=1.2, alpha=0.25, label="front earlier"))
     figure.legend(
         handles=handles,
         loc="upper left",
@@ -252,7 +259,7 @@ def _labels(figure: Figure, ax: MplAxes, axes: Axes, pareto: Pareto, line: Seque
         half = label.look.size / 2 * unit
         anchors.append((x, y))
         hard.append(Box(x - half, y - half, x + half, y + half))
-    for point in pareto.points:
+    for point in style.drawn(pareto):
         x, y = pixel(point.x.value, point.drop.value)
         (left, low), (right, high) = pixel(point.x.lo, point.drop.lo), pixel(point.x.hi, point.drop.hi)
         soft += [Box(left, y - unit, right, y + unit), Box(x - unit, low, x + unit, high)]
