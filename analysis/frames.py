@@ -121,19 +121,19 @@ def _column(name: str, values: list[Any]) -> pl.Series:
     Text of a named record field is read as a number where it can be: MLflow parameters are always text.
     """
     if name not in _TEXT_COLUMNS:
+        kinds = set(map(type, values)) - {type(None)}
         try:
-            numbers = [_number(value, parse=name in _NAMED) for value in values]
+            numbers = values if kinds <= {int, float} else [_number(value, parse=name in _NAMED) for value in values]
         except (TypeError, ValueError):
             pass
         else:
-            return pl.Series(name, numbers, dtype=_number_type(numbers))
+            whole = kinds == {int}
+            return pl.Series(name, numbers, dtype=pl.Int64 if whole else pl.Float64)
     return _texts(name, values)
 
 
 def _texts(name: str, values: Iterable[Any]) -> pl.Series:
-    return pl.Series(
-        name, [v if v is None or isinstance(v, str) else json.dumps(v) for v in values], dtype=pl.String
-    )
+    return pl.Series(name, [v if v is None or isinstance(v, str) else json.dumps(v) for v in values], dtype=pl.String)
 
 
 def _joined(name: str, pieces: Sequence[tuple[int, dict[str, pl.Series]]]) -> pl.Series:
@@ -150,12 +150,7 @@ def _joined(name: str, pieces: Sequence[tuple[int, dict[str, pl.Series]]]) -> pl
     return pl.concat([series.cast(kind) for series in found]).alias(name)
 
 
-def _number_type(numbers: list[float | int | None]) -> type[pl.DataType]:
-    present = [number for number in numbers if number is not None]
-    return pl.Int64 if present and all(isinstance(number, int) for number in present) else pl.Float64
-
-
-def _number(value: Any, parse: bool) -> float | int | None:
+def _number(value: Any, parse: bool) -> float | None:
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
     if isinstance(value, str):

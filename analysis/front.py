@@ -14,7 +14,7 @@ import numpy as np
 from analysis.points import Interval, Point
 
 Vertex = tuple[float, float]
-DRAWS = 1000
+DRAWS = 500
 _HALF = NormalDist().inv_cdf(0.975)  # half a 95 % interval, in standard deviations
 _CELLS = 2_000_000  # drawn values held at once
 
@@ -61,11 +61,13 @@ def mark_shares(points: Sequence[Point], seed: int = 0, draws: int = DRAWS) -> t
     shares = np.zeros(len(points))
     near = able[_never_beaten([points[i] for i in able])] if len(able) else able
     rng = np.random.default_rng(seed)
+    # Only points that do not move across can have the same x in a draw.
+    ties = sum(points[i].x.lo == points[i].x.hi for i in near) > 1
     x, drop = (_Spread([getattr(points[i], name) for i in near]) for name in ("x", "drop"))
     done = 0
     while done < draws and len(near):
         rows = min(draws - done, max(1, _CELLS // len(near)))
-        shares[near] += _on_front(x.draw(rng, rows), drop.draw(rng, rows)).sum(0)
+        shares[near] += _on_front(x.draw(rng, rows), drop.draw(rng, rows), ties).sum(0)
         done += rows
     ranked = set(able.tolist())
     return tuple(
@@ -87,7 +89,7 @@ class _Spread:
         return np.asarray(self._value + z * np.where(z > 0, self._up, self._down))
 
 
-def _never_beaten(points: Sequence[Point], reach: float = 4.0) -> np.ndarray:
+def _never_beaten(points: Sequence[Point], reach: float = 3.0) -> np.ndarray:
     """Which points have any chance: their best corner, ``reach`` standard deviations out, is not beaten by the worst
     corner of another.
     """
@@ -102,16 +104,18 @@ def _never_beaten(points: Sequence[Point], reach: float = 4.0) -> np.ndarray:
     return np.asarray((place < 0) | (lowest[np.maximum(place, 0)] >= best[:, 1]))
 
 
-def _on_front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points of each row of (rows, points) no other of that row beats; equal points are on it together."""
-    order = np.lexsort((y, x), axis=1)
+def _on_front(x: np.ndarray, y: np.ndarray, ties: bool) -> np.ndarray:
+    """Which points of each row of (rows, points) no other of that row beats; equal points are on it together.
+
+    ties: whether x may have equal values.
+    """
+    order = np.lexsort((y, x), axis=1) if ties else np.argsort(x, axis=1)
     ys, xs = (np.take_along_axis(values, order, axis=1) for values in (y, x))
     before = np.concatenate([np.full((len(y), 1), np.inf), np.minimum.accumulate(ys, axis=1)[:, :-1]], axis=1)
-    equal = np.zeros(xs.shape, dtype=bool)
-    equal[:, 1:] = (xs[:, 1:] == xs[:, :-1]) & (ys[:, 1:] == ys[:, :-1])
     good = ys < before
-    for column in range(1, xs.shape[1]) if equal.any() else ():
-        good[:, column] |= equal[:, column] & good[:, column - 1]
+    for column in range(1, xs.shape[1]) if ties else ():
+        equal = (xs[:, column] == xs[:, column - 1]) & (ys[:, column] == ys[:, column - 1])
+        good[:, column] |= equal & good[:, column - 1]
     found = np.empty_like(good)
     np.put_along_axis(found, order, good, axis=1)
     return found

@@ -13,11 +13,11 @@ from typing import Any
 import plotly.graph_objects as go
 
 from analysis import style
-from analysis.labels import Box, place
+from analysis.frames import RUN_COLUMNS
 from analysis.front import Vertex, split_at, steps, vertices
+from analysis.labels import Box, place
 from analysis.pareto import Pareto
 from analysis.points import Other, Point
-from analysis.frames import RUN_COLUMNS
 from analysis.style import Axes, Mark
 from analysis.template import BAR, PAGE
 from trainables.record import UNITS
@@ -232,7 +232,8 @@ def _hover(point: Point, pareto: Pareto) -> str:
         interval = f"  [{ratio.lo:.2f}, {ratio.hi:.2f}]" if ratio.hi > ratio.lo else ""
         lines.append(f"{ratio.value:.2f} x the teacher's speed, same runtime{interval}")
     if pareto.shares and point.share is not None:
-        lines.append(f"on the front in {100 * point.share:.0f} % of draws{' · the knee' if point is pareto.knee else ''}")
+        knee = " · the knee" if point is pareto.knee else ""
+        lines.append(f"on the front in {100 * point.share:.0f} % of draws{knee}")
     if point.stop_reason:
         lines.append(f"stopped: {html.escape(point.stop_reason)}")
     for key in _GLANCE:

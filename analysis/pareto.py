@@ -41,7 +41,10 @@ from analysis.words import ACROSS, PICTURES, Measure, Words, measure_of, words_o
 from trainables.record import EXTRAS, FIELDS, InputError
 
 _OUTCOME = ("role", "status", "verdict", "stop_reason")
-_PLACING = (*_OUTCOME, "exp_id", "run_id", "datetime", "drop", "drop_lo", "drop_hi", RATIO, f"{RATIO}_lo", f"{RATIO}_hi")
+_PLACING = (
+    *(*_OUTCOME, "exp_id", "run_id", "datetime"),
+    *("drop", "drop_lo", "drop_hi", RATIO, f"{RATIO}_lo", f"{RATIO}_hi"),
+)
 _ORIGIN = ("workload_hash", "domain", "profile", "reference", "parent", "engine", "device")
 _RUN = ("sweep", "role", "status", "trial_id", "run_id")
 _RATES = ("role", "quality", "drop", "domain", "workload_hash")

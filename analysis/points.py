@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from analysis.words import Measure, Words
+from analysis.words import Measure
 
 Kind = Literal["teacher", "pass", "fail", "stopped", "unjudged", "open"]
 UNFINISHED = {"RUNNING": "still running", "KILLED": "interrupted"}  # MLflow's status of a trial without a record
@@ -36,8 +36,8 @@ class Point:
     = worse. kind: ``pass``,
     ``fail``, ``unjudged`` (no gate) were trained to the end, or stopped when they already met the gate; ``stopped``
     were stopped before they did; ``open`` (not finished) has no place in the plane. ratio: the teacher's p50 over the
-    own one, of the same rounds; None where x is as measured. when: the record's time. share: of how many bootstrap draws
-    the point is on the front, None where it takes no part.
+    own one, of the same rounds; None where x is as measured. when: the record's time. share: in which share of the
+    bootstrap draws the point is on the front, None where it takes no part.
     """
 
     exp_id: str

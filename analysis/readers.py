@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import copysign, inf, nan
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -29,7 +29,9 @@ Value = tuple[str, str, int, int, float]  # run id, key, step, timestamp in ms, 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One MLflow run without its metrics; ``start_ms`` is Unix time in milliseconds, ``parent`` its parent's run id."""
+    """One MLflow run without its metrics; ``start_ms`` is Unix time in milliseconds, ``parent`` its parent's run id,
+    ``artifacts`` where its files lie.
+    """
 
     run_id: str
     name: str
@@ -38,6 +40,7 @@ class Run:
     tags: Mapping[str, str]
     params: Mapping[str, str]
     parent: str = ""
+    artifacts: str = ""
 
 
 class Store(Protocol):
@@ -94,11 +97,14 @@ class SqlStore:
 
     def sweeps(self) -> list[Run]:
         heads = self._ask(
-            "select r.run_uuid, r.name, r.status, r.start_time from tags w" + self._RUNS + " where w.key = {} and"
-            " w.value = {}",
+            "select r.run_uuid, r.name, r.status, r.start_time, r.artifact_uri from tags w" + self._RUNS +
+            " where w.key = {} and w.value = {}",
             ("role", "sweep"),
-        )
-        runs = [Run(run, name or "", status, start or 0, {}, {}) for run, name, status, start in heads]
+        )  # fmt: skip
+        runs = [
+            Run(run, name or "", status, start or 0, {}, {}, artifacts=place or "")
+            for run, name, status, start, place in heads
+        ]
         return sorted(self._whole(runs), key=lambda run: -run.start_ms)
 
     def children(self, parents: Sequence[str]) -> Iterator[Run]:
@@ -152,7 +158,8 @@ class SqlStore:
                 for run_id, key, text in self._ask(wanted, ids):
                     facts[run_id][index][key] = text
             for run in some:
-                yield Run(run.run_id, run.name, run.status, run.start_ms, *facts[run.run_id], run.parent)
+                tags, params = facts[run.run_id]
+                yield replace(run, tags=tags, params=params)
 
     def _marks(self, values: Sequence[Any]) -> str:
         return ",".join(["{}"] * len(values))
@@ -277,6 +284,7 @@ class ClientStore:
                     r.data.tags,
                     r.data.params,
                     r.data.tags.get(PARENT_TAG, ""),
+                    r.info.artifact_uri or "",
                 )
                 for r in runs
             ]

@@ -54,7 +54,7 @@ said = {"trials": data.trials.height, "front": len(found.front), "hypervolume": 
 THEIRS = _CHILD.format(
     imports="import mlflow",
     body="""mlflow.set_tracking_uri(sys.argv[1])
-frame = mlflow.search_runs(search_all_experiments=True, max_results=10**6)
+frame = mlflow.search_runs(search_all_experiments=True, max_results=50_000)
 frame = frame[frame["tags.role"] != "sweep"]
 said = {"trials": len(frame), "sums": {key: float(frame["metrics." + key].sum()) for key in sys.argv[3].split(",")}}""",
 )
@@ -111,8 +111,9 @@ def run(
     metrics: dict[str, float],
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:  # fmt: skip
     """The rows of one run."""
-    state = ("FINISHED", start, start + 1, "active", experiment)
-    yield "runs(run_uuid,name,status,start_time,end_time,lifecycle_stage,experiment_id)", (run_id, name, *state)
+    state = ("FINISHED", start, start + 1, "active", experiment, f"mlflow-artifacts:/bench/{run_id}", "bench", "LOCAL")
+    columns = "run_uuid,name,status,start_time,end_time,lifecycle_stage,experiment_id,artifact_uri,user_id,source_type"
+    yield f"runs({columns})", (run_id, name, *state)
     yield from (("tags(run_uuid,key,value)", (run_id, *one)) for one in tags.items())
     yield from (("params(run_uuid,key,value)", (run_id, *one)) for one in params.items())
     for key, value in metrics.items():
@@ -161,7 +162,9 @@ def make(uri: str, runs: int) -> None:
 def timed(code: str, uri: str) -> dict[str, Any]:
     """What a process of its own says it used."""
     command = [sys.executable, "-c", code, uri, CAMPAIGN, ",".join(METRICS)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -193,8 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if wrong or ours["trials"] != theirs["trials"]:
                 sys.exit(f"the two frames differ in {', '.join(wrong) or 'their number of trials'}")
             net = [found["cpu"] - found["imports"] for found in (ours, theirs)]
-            print(f"search_runs / front: {theirs['cpu'] / ours['cpu']:.1f} x CPU [{net[1] / net[0]:.1f} without imports], "
-                  f"{theirs['peak_MB'] / ours['peak_MB']:.1f} x memory")  # fmt: skip
+            print(f"search_runs / front: {theirs['cpu'] / ours['cpu']:.1f} x CPU [{net[1] / net[0]:.1f} without "
+                  f"imports], {theirs['peak_MB'] / ours['peak_MB']:.1f} x memory")  # fmt: skip
 
 
 if __name__ == "__main__":
