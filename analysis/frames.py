@@ -111,7 +111,9 @@ def _row(run: Run, sweep: str) -> dict[str, Any]:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, pl.Series]:
-    names = dict.fromkeys((*RUN_COLUMNS, *(key for row in rows for key in row)))
+    names: dict[str, Any] = dict.fromkeys(RUN_COLUMNS)
+    for row in rows:
+        names |= row
     return {name: _column(name, [row.get(name) for row in rows]) for name in names}
 
 

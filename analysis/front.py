@@ -85,8 +85,8 @@ class _Spread:
 
     def draw(self, rng: np.random.Generator, rows: int) -> np.ndarray:
         """(rows, points) values."""
-        z = rng.standard_normal((rows, len(self._value)))
-        return np.asarray(self._value + z * np.where(z > 0, self._up, self._down))
+        z = rng.standard_normal((rows, len(self._value)), dtype=np.float32)
+        return np.asarray(self._value + np.maximum(z, 0) * self._up + np.minimum(z, 0) * self._down)
 
 
 def _never_beaten(points: Sequence[Point], reach: float = 3.0) -> np.ndarray:

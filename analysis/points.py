@@ -180,8 +180,7 @@ def is_stop(reason: Any) -> bool:
 
 def number(value: Any) -> float | None:
     """A finite number, else None."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if ok else None
+    return float(value) if type(value) in (float, int) and math.isfinite(value) else None  # no bool
 
 
 def _interval(row: Mapping[str, Any], key: str, lo: str, hi: str, unit: float) -> Interval | None:

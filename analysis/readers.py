@@ -210,10 +210,9 @@ def _postgresql(uri: str) -> Iterator[SqlStore]:
     try:
         engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
     except ModuleNotFoundError as error:
-        driver = "psycopg" if error.name and error.name.startswith("psycopg") else error.name
         raise InputError(
-            f"{said}: PostgreSQL's driver {error.name} is not installed; pip install '{driver}[binary]' and give the "
-            f"address as postgresql+{driver}://..."
+            f"{said}: its driver {error.name} is not installed; pip install 'psycopg[binary]' and give the address as "
+            "postgresql+psycopg://..."
         ) from error
     except sqlalchemy.exc.ArgumentError as error:
         raise InputError(f"{said}: expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE") from error
