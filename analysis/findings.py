@@ -126,8 +126,11 @@ def _logged(uri: str, data: SweepData) -> list[Finding]:
             content = json.loads(text)
             if "effects" not in content:
                 continue
-            effects = [Effect(**{key: row[key] for key in row if key in keys}) for row in content["effects"]]
-        except (ValueError, TypeError, AttributeError) as error:
+            effects = [
+                Effect(**{key: row[key] for key in row if key in keys} | {"by_seed": tuple(row["by_seed"])})
+                for row in content["effects"]
+            ]
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise InputError(f"{data.name}: its file {name} is not an ablation's ({first_line(error)}); "
                              "run the sweep again, or leave it out") from None  # fmt: skip
         title = content.get("title") or f"Effects against {effects[0].reference if effects else 'the reference'}"

@@ -66,9 +66,7 @@ def _evaluator(params: Sequence[Mapping[str, Any]]) -> Callable[[Sequence[float]
     space = {name: _distribution([row[name] for row in params]) for name in params[0]}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="minimize")
-    study.add_trials(
-        [optuna.trial.create_trial(params=dict(row), distributions=space, value=0.0) for row in params]
-    )
+    study.add_trials([optuna.trial.create_trial(params=dict(row), distributions=space, value=0.0) for row in params])
 
     def evaluate(values: Sequence[float]) -> dict[str, float]:
         with warnings.catch_warnings():

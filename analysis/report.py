@@ -188,9 +188,7 @@ def _curves(sweeps: Sequence[SweepData], folder: Path) -> list[Block]:
             said = f"Validation drop while training: {one.name}"
             draw = _draw_curves(one, found)
             blocks += [Heading(one.name, 3), _pictures(folder, f"curves_{one.name}", said, draw)]
-    said = (
-        "Validation drop by epoch; a mark ends each curve: why it was stopped, or a dot at the end of a whole run."
-    )
+    said = "Validation drop by epoch; a mark ends each curve: why it was stopped, or a dot at the end of a whole run."
     return [Heading("Learning curves"), Text(said, small=True), *blocks] if blocks else []
 
 

@@ -22,7 +22,12 @@ Fresh = Callable[..., str]
 
 
 def test_arms_of_a_crossed_design_give_main_effects_and_their_interaction() -> None:
-    arms = {"none": {"a": "0", "b": "0"}, "A": {"a": "1", "b": "0"}, "B": {"a": "0", "b": "1"}, "AB": {"a": "1", "b": "1"}}
+    arms = {
+        "none": {"a": "0", "b": "0"},
+        "A": {"a": "1", "b": "0"},
+        "B": {"a": "0", "b": "1"},
+        "AB": {"a": "1", "b": "1"},
+    }
     assert contrasts(arms) == [
         *(against(arm, "none") for arm in ("A", "B", "AB")),
         main_effect("a 1 instead of 0", ("A", "none"), ("AB", "B")),
@@ -124,7 +129,9 @@ def test_a_search_is_drawn_and_told(empty_uri: str, tmp_path: Path) -> None:
     trials = []
     for i in range(20):
         drop = float(rng.uniform(0, 0.1))
-        trials.append((record(f"K_s{i}_run1", combo=f"s{i}", T=1 + 90 * drop, drop=drop, drop_lo=None, drop_hi=None), []))
+        trials.append(
+            (record(f"K_s{i}_run1", combo=f"s{i}", T=1 + 90 * drop, drop=drop, drop_lo=None, drop_hi=None), [])
+        )
     parent = log_sweep(uri, "s_optuna", trials, search="optuna")
     client = MlflowClient(tracking_uri=uri)
     for i, run in enumerate(client.search_runs(["1"], f"tags.`{PARENT_TAG}` = '{parent}'")):

@@ -38,7 +38,9 @@ def test_leaving_out_the_hopeless_changes_no_share() -> None:
     points = [point(str(i), rng.uniform(1, 9), rng.uniform(1, 9), 0.4) for i in range(60)]
     x, y = (np.array([getattr(p, name).value for p in points]) for name in ("x", "drop"))
     noise = np.random.default_rng(1)
-    draws = _on_front(x + noise.normal(0, 0.4 / 1.96, (20_000, 60)), y + noise.normal(0, 0.4 / 1.96, (20_000, 60)), False)
+    draws = _on_front(
+        x + noise.normal(0, 0.4 / 1.96, (20_000, 60)), y + noise.normal(0, 0.4 / 1.96, (20_000, 60)), False
+    )
     found = np.array([p.share for p in mark_shares(points, draws=20_000)])
     assert np.abs(found - draws.mean(0)).max() < 0.02  # five standard errors of two estimates
 

@@ -110,5 +110,3 @@ def test_a_missing_driver_says_what_to_install() -> None:
     with pytest.raises(InputError, match="pip install") as caught:
         load("postgresql+pg8000://me:secret@127.0.0.1:9/x", "three")
     assert "pg8000" in str(caught.value) and "secret" not in str(caught.value)
-
-

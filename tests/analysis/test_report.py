@@ -26,7 +26,9 @@ def folder(empty_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
     uri = copy_store(empty_uri, place)
     log_sweep(uri, "k", three())
-    log_sweep(uri, "q", [(record("Q_PTQ_run1", workload_hash="ffff00001111", notes="</p><script>alert(1)</script>"), [])])
+    log_sweep(
+        uri, "q", [(record("Q_PTQ_run1", workload_hash="ffff00001111", notes="</p><script>alert(1)</script>"), [])]
+    )
     (place / "ledger.json").write_text(json.dumps(LEDGER))
     out = str(place / "out")
     given = ["--tracking-uri", uri, "--sweep", "k", "q", "--ledger", str(place / "ledger.json"), "--out", out]
@@ -50,7 +52,9 @@ def test_markdown_has_the_same_and_names_its_pictures(folder: Path) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     named = re.findall(r"!\[[^]]*\]\((.*?)\)", text)
     assert len(named) == 3 and all((folder / name).is_file() for name in named)
-    (line,) = [line for line in text.splitlines() if line.startswith("| K_T3B05_run1") and "+0.80 [+0.20, +1.40]" in line]
+    (line,) = [
+        line for line in text.splitlines() if line.startswith("| K_T3B05_run1") and "+0.80 [+0.20, +1.40]" in line
+    ]
     assert "| pass |" in line
     for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
@@ -58,7 +62,13 @@ def test_markdown_has_the_same_and_names_its_pictures(folder: Path) -> None:
 
 def test_text_cannot_leave_its_place() -> None:
     bad = "</td><script>alert(1)</script>|x"
-    blocks = [Heading(bad), Text(bad), Items([bad]), Table(("name",), [(bad,)], frozenset({"name"})), Table((), [(bad, bad)])]
+    blocks = [
+        Heading(bad),
+        Text(bad),
+        Items([bad]),
+        Table(("name",), [(bad,)], frozenset({"name"})),
+        Table((), [(bad, bad)]),
+    ]
     assert "<script" not in to_html(bad, blocks)
     assert "<script" not in to_markdown(bad, blocks) and "\\|x |" in to_markdown(bad, blocks)
 
@@ -89,9 +99,7 @@ def test_no_width_makes_the_page_scroll_sideways(folder: Path, tmp_path: Path, w
     assert f"{width} of {width}, true,true,true 0" in done.stdout
 
 
-def test_a_ledger_that_is_none_is_one_line(
-    fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_ledger_that_is_none_is_one_line(fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "ledger.json").write_text("[1, 2]")
     given = ["--tracking-uri", fresh("k", three()), "--sweep", "k", "--out", str(tmp_path / "out")]
     for name, reason in (("ledger.json", "not a JSON object"), ("none.json", "No such file")):
@@ -99,5 +107,3 @@ def test_a_ledger_that_is_none_is_one_line(
         said = capsys.readouterr().err
         assert said.startswith("error: --ledger") and reason in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-

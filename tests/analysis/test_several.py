@@ -22,7 +22,10 @@ def uri(empty_uri: str, tmp_path: Path) -> str:
     copied = copy_store(empty_uri, tmp_path)
     client = MlflowClient(tracking_uri=copied)
     pruned = record("P_r010_run1", **PRUNED, drop=0.025, drop_lo=0.02, drop_hi=0.03)
-    parents = [log_sweep(copied, "k", three()), log_sweep(copied, "p", [(teacher(), []), (pruned, [])], gate_at_most="0.03")]
+    parents = [
+        log_sweep(copied, "k", three()),
+        log_sweep(copied, "p", [(teacher(), []), (pruned, [])], gate_at_most="0.03"),
+    ]
     for parent in parents:
         client.set_tag(parent, "campaign", "plan")
     log_sweep(copied, "q", [(record("Q_PTQ_run1", workload_hash="ffff00001111"), [])])
