@@ -20,7 +20,7 @@ lint: $(READY)
 # The stamp is newer than what it was built from, so a second call has nothing to install.
 $(READY): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trt,openvino]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trt,openvino,postgresql]'
 	touch $@
 
 clean:

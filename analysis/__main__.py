@@ -1,14 +1,22 @@
-"""Command line: python -m analysis pareto|table|daily|verify: pictures, tables, and whether deliverables hold."""
+"""Command line: python -m analysis pareto|effects|report|table|daily|verify: pictures, tables, checks."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from analysis.words import ACROSS
 from trainables.record import InputError
+
+if TYPE_CHECKING:
+    from analysis.store import SweepData
 
 _EXAMPLES = """examples:
   python -m analysis pareto --tracking-uri sqlite:///runs/mlflow.db --sweep k_grid_demo_seed42 --out pictures
+  python -m analysis pareto --tracking-uri sqlite:///runs/mlflow.db --campaign all --x size_MB --out pictures
+  python -m analysis effects --tracking-uri sqlite:///runs/mlflow.db --sweep aq_ablation_demo_seed42 --out effects
+  python -m analysis report --tracking-uri sqlite:///runs/mlflow.db --campaign all --out report
   python -m analysis table --tracking-uri http://127.0.0.1:5000 --sweep k_grid_small_seed42 --csv verdicts.csv
   python -m analysis daily --tracking-uri sqlite:///runs/mlflow.db --date 2026-03-31 --csv daily.csv
   python -m analysis verify runs/dust3r_small_seed42/deliverables
@@ -19,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
         prog="python -m analysis",
-        description="Pictures and tables of a sweep that is logged in MLflow.",
+        description="Pictures and tables of sweeps that are logged in MLflow.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -28,19 +36,32 @@ def parser() -> argparse.ArgumentParser:
         "--tracking-uri",
         required=True,
         metavar="URI",
-        help="sqlite:///path/mlflow.db or the address of a server",
+        help="sqlite:///path/mlflow.db, postgresql://... or the address of a server",
     )
-    source = argparse.ArgumentParser(add_help=False, parents=[store])
-    source.add_argument("--sweep", required=True, metavar="NAME", help="the sweep's run name (or run id)")
+    several = argparse.ArgumentParser(add_help=False, parents=[store])
+    which = several.add_mutually_exclusive_group(required=True)
+    which.add_argument("--sweep", nargs="+", metavar="NAME", default=(), help="run names (or run ids) of sweeps")
+    which.add_argument("--campaign", metavar="NAME", help="all sweeps that this campaign started")
+    several.add_argument("--out", required=True, metavar="DIR", help="folder for the files, made if missing")
     commands = top.add_subparsers(dest="command", required=True)
     pareto = commands.add_parser(
         "pareto",
-        parents=[source],
+        parents=[several],
         help="quality against latency: pareto.csv, pareto.png, pareto.html; learning curves: curves.png",
     )
-    pareto.add_argument("--out", required=True, metavar="DIR", help="folder for the files, made if missing")
+    pareto.add_argument("--x", choices=ACROSS, default=ACROSS[0], help="what lies across (default: %(default)s)")
     pareto.add_argument("--no-log", action="store_true", help="do not attach the files to the sweep's run in MLflow")
-    table = commands.add_parser("table", parents=[source], help="the verdict table")
+    commands.add_parser(
+        "effects",
+        parents=[several],
+        help="what the arms of ablations and the parameters of searches change: effects.md and pictures",
+    )
+    report = commands.add_parser(
+        "report", parents=[several], help="verdicts, Pareto, curves, effects, environment: report.html, report.md"
+    )
+    report.add_argument("--ledger", metavar="FILE", help="the campaign's ledger.json")
+    table = commands.add_parser("table", parents=[store], help="the verdict table")
+    table.add_argument("--sweep", required=True, metavar="NAME", help="the sweep's run name (or run id)")
     table.add_argument("--csv", metavar="FILE", help="also write it as CSV, with full precision")
     table.add_argument("--markdown", metavar="FILE", help="also write it as Markdown")
     daily = commands.add_parser("daily", parents=[store], help="the daily sheet: every trial that ran on one day")
@@ -56,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for problems that `verify` found, or 2 after a one-line error."""
     options = parser().parse_args(arguments)
-    commands = {"pareto": _pareto, "table": _table, "daily": _daily, "verify": _verify}
+    commands = {
+        "pareto": _pareto, "effects": _effects, "report": _report, "table": _table, "daily": _daily, "verify": _verify,
+    }  # fmt: skip
     try:
         return commands[options.command](options) or 0
     except InputError as error:
@@ -64,20 +87,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _pareto(options: argparse.Namespace) -> None:
-    from analysis import pareto, store
+def _load(options: argparse.Namespace) -> "SweepData":
+    from analysis import store  # polars takes a while to import, which --help need not wait for
 
-    data = store.load(options.tracking_uri, options.sweep)
-    computed = pareto.compute(data)
-    paths = pareto.write(data, computed, options.out)
+    data = store.load_all(options.tracking_uri, options.sweep, options.campaign)
     for note in data.notes:
         print(note)
+    return data
+
+
+def _pareto(options: argparse.Namespace) -> None:
+    from analysis import pareto
+
+    data = _load(options)
+    computed = pareto.compute(data, options.x)
+    paths = pareto.write(data, computed, options.out)
     if computed.left_out:
-        print("not in the picture: " + ", ".join(f"{name} ({why})" for name, why in computed.left_out))
+        print("not in the picture: " + ", ".join(f"{name} ({why})" for _, name, why in computed.left_out))
     for path in paths:
         print(path)
     if not options.no_log:
         pareto.log_files(options.tracking_uri, data.run_id, paths)
+
+
+def _effects(options: argparse.Namespace) -> None:
+    from analysis import findings
+
+    data = _load(options)
+    found = findings.collect(options.tracking_uri, data)
+    for path in findings.write(found, data, options.out):
+        print(path)
+    for line in findings.lines(found):
+        print(line)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from analysis import report
+
+    for path in report.run(_load(options), options.tracking_uri, options.out, options.ledger):
+        print(path)
 
 
 def _table(options: argparse.Namespace) -> None:

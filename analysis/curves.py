@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes as MplAxes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -17,6 +16,7 @@ from matplotlib.lines import Line2D
 from analysis import picture, style
 from analysis.labels import short, spread
 from analysis.pareto import Pareto
+from analysis.picture import WIDE, Canvas
 from analysis.points import Kind, is_stop, kind_of
 from analysis.scale import Scale, choose, limits, unmap
 from analysis.store import SweepData
@@ -71,27 +71,32 @@ def compute(data: SweepData, key: str = "val_drop") -> tuple[Curve, ...]:
     return tuple(curves)
 
 
-def draw(data: SweepData, pareto: Pareto, path: Path) -> None:
-    """Write the picture to ``path`` (PNG, 1600 x 1024 pixels)."""
+def draw(data: SweepData, pareto: Pareto, path: Path, canvas: Canvas = WIDE) -> None:
+    """Write the picture to ``path`` (PNG, 160 pixels to the inch: 1600 x 1024 unless told otherwise)."""
     curves = compute(data)
-    figure = Figure(figsize=(picture.WIDTH_IN, picture.HEIGHT_IN), dpi=picture.DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    foot = textwrap.wrap("  ·  ".join(pareto.caption), 160)
-    bottom = picture.bottom(len(foot))
+    figure = canvas.figure()
+    foot = [] if canvas.bare else textwrap.wrap("  ·  ".join(pareto.caption), 160)
     labels = _label_texts(curves)
     longest = max((len(text) for text in labels.values()), default=0)
-    right = max(0.5, min(0.78, 0.93 - 0.0064 * longest)) if labels else 0.98
-    ax = figure.add_axes((0.085, bottom, right - 0.085, 0.825 - bottom))
-    picture.frame(figure, ax, "Validation drop while training", pareto.sweep, pareto.headline, foot)
+    wide = 0.1 + 0.064 * longest + SAMPLE / picture.DPI
+    ax = canvas.area(figure, min(wide + 0.4, 0.42 * canvas.width) if labels else 0.2, len(foot))
+    picture.frame(figure, ax, canvas, "Validation drop while training", pareto.sweep, pareto.headline, foot)
     if any(curve.last for curve in curves):
-        _plot(figure, ax, curves, pareto, labels)
+        _plot(figure, ax, canvas, curves, pareto, labels)
     else:
         ax.set_axis_off()
         ax.text(0.5, 0.5, "no validation drop is logged yet", ha="center", color=style.MUTED, fontsize=12)
     picture.save(figure, path)
 
 
-def _plot(figure: Figure, ax: MplAxes, curves: Sequence[Curve], pareto: Pareto, labels: Mapping[str, str]) -> None:
+def _plot(
+    figure: Figure,
+    ax: MplAxes,
+    canvas: Canvas,
+    curves: Sequence[Curve],
+    pareto: Pareto,
+    labels: Mapping[str, str],
+) -> None:
     limit = pareto.gate.drop_pct if pareto.gate else None
     drops = [value for curve in curves for value in curve.drop if math.isfinite(value)]
     scale = choose(drops, limit)
@@ -100,7 +105,7 @@ def _plot(figure: Figure, ax: MplAxes, curves: Sequence[Curve], pareto: Pareto, 
     first_epoch = min(curve.epochs[0] for curve in curves)
     axes = style.Axes(Scale(), scale, (first_epoch - 0.4, last_epoch + max(0.4, 0.02 * last_epoch)), (low, high))
     ticks = [(scale.map(value), label) for value, label in scale.ticks(unmap(scale, low), axes.top)]
-    picture.set_axes(ax, axes, ticks, "epoch", "◀ better      drop on the validation split (%)")
+    picture.set_axes(ax, canvas, axes, ticks, "epoch", "◀ better      drop on the validation split (%)")
     whole = [tick for tick in ax.get_xticks() if float(tick).is_integer()]
     ax.set_xticks(whole, [f"{tick:g}" for tick in whole])
     if pareto.gate and limit is not None:
@@ -113,17 +118,7 @@ def _plot(figure: Figure, ax: MplAxes, curves: Sequence[Curve], pareto: Pareto, 
         thin = {"color": look.colour, "alpha": 0.55 * look.alpha, "linewidth": width}
         ax.plot(curve.epochs, places, zorder=layer, **own.get(curve.exp_id, thin))
         _end(ax, curve, scale)
-    figure.legend(
-        handles=_handles(curves),
-        loc="upper left",
-        bbox_to_anchor=(0.012, 0.905),
-        ncols=9,
-        frameon=False,
-        fontsize=9,
-        handletextpad=0.5,
-        columnspacing=1.4,
-        labelcolor=style.INK,
-    )
+    canvas.legend(figure, _handles(curves))
     if labels:
         _name(figure, ax, curves, scale, labels)
 

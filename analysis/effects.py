@@ -25,7 +25,7 @@ from trainables.record import InputError
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-LEVEL = 0.95
+LEVEL, POWER = 0.95, 0.8
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def contrast(wanted: Contrast, tables: Mapping[str, ArrayLike]) -> Effect:
 
 
 def _enough(value: float, half: float, per_seed: float, of_samples: float) -> int | None:
-    """Seeds at which an effect of this size would be resolved; None where it is, or where seeds cannot do it."""
+    """Seeds at which an effect of this size would be resolved with a probability of ``POWER``; None where it is
+    resolved, and where seeds cannot do it.
+    """
     if half < abs(value):
         return None
     seeds = np.arange(3, 1001)
@@ -110,14 +112,16 @@ def _enough(value: float, half: float, per_seed: float, of_samples: float) -> in
 
 @cache
 def _quantiles() -> NDArray[np.float64]:
-    """The t quantile with 3, 4, ... 1000 seeds."""
-    return np.asarray(stats.t.ppf((1 + LEVEL) / 2, np.arange(2, 1000)))
+    """With 3, 4, ... 1000 seeds: how many standard errors an effect must measure to be resolved that often."""
+    freedom = np.arange(2, 1000)
+    return np.asarray(stats.t.ppf((1 + LEVEL) / 2, freedom) + stats.t.ppf(POWER, freedom))
 
 
 def sentence(found: Effect) -> str:
     """One sentence that claims what the interval supports and no more."""
     numbers = f"{100 * found.value:+.2f} % [{100 * found.lo:+.2f}, {100 * found.hi:+.2f}]"
-    basis = f"{len(found.by_seed)} seeds, {found.samples} samples"
+    seeds = len(found.by_seed)
+    basis = f"{seeds} seeds, {found.samples} samples" if found.samples else f"{seeds} seeds, the same test samples"
     up, share = found.value > 0, "" if found.kind == "arm" else f" of {found.reference}'s error"
     if found.resolved:
         said = {
@@ -134,7 +138,8 @@ def sentence(found: Effect) -> str:
     }[found.kind]
     said += f": {numbers}{share} ({basis})"
     if found.enough_seeds:
-        return f"{said}; an effect of this size would take about {found.enough_seeds} seeds."
+        more = max(found.enough_seeds - seeds, 1)
+        return f"{said}; an effect of this size would take about {found.enough_seeds} seeds ({more} more)."
     return f"{said}."
 
 
@@ -142,8 +147,29 @@ def caution(count: int) -> str:
     """What to keep in mind when reading `count` intervals at once."""
     return (
         f"Each interval is for its effect alone: were all {count} effects zero, about {(1 - LEVEL) * count:.1f} "
-        f"intervals would exclude 0 by chance."
+        f"intervals would exclude 0 by chance. Seeds that an effect would take: to resolve it in {100 * POWER:.0f} % "
+        "of repeats, were its size and the spread between seeds what was measured here."
     )
+
+
+def over_seeds(wanted: Contrast, tables: Mapping[str, Mapping[int, float]]) -> Effect:
+    """The effect of a contrast from one error per arm and seed, where nothing is known of single samples: its interval
+    (Student's t over paired seeds) says what other seeds would give, not what other test samples would.
+
+    Raises InputError as ``paired`` does, and for an error that is not finite.
+    """
+    seeds = _common(wanted, tables)
+    rows = {arm: np.array([tables[arm][seed] for seed in seeds]) for arm in wanted.weights}
+    unit = abs(float(rows[wanted.unit].mean()))
+    if not unit > 0 or not all(np.isfinite(row).all() for row in rows.values()):
+        raise InputError(f"effect of {wanted.name}: an error is not finite, or {wanted.unit} made none at all")
+    change = np.sum([weight * rows[arm] for arm, weight in wanted.weights.items()], axis=0) / unit
+    value, per_seed = float(change.mean()), float(change.var(ddof=1))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(seeds) - 1)) * math.sqrt(per_seed / len(seeds))
+    return Effect(
+        wanted.name, wanted.unit, value, value - half, value + half, tuple(map(float, change)), 0,
+        _enough(value, half, per_seed, 0.0), wanted.kind, dict(wanted.weights),
+    )  # fmt: skip
 
 
 def effects(tables: Mapping[str, Mapping[int, Sequence[float]]], reference: str) -> list[Effect]:
@@ -158,6 +184,12 @@ def paired(wanted: Contrast, tables: Mapping[str, Mapping[int, Sequence[float]]]
 
     Raises InputError where an arm is missing or fewer than 2 seeds are shared.
     """
+    seeds = _common(wanted, tables)
+    return contrast(wanted, {arm: [tables[arm][seed] for seed in seeds] for arm in wanted.weights})
+
+
+def _common(wanted: Contrast, tables: Mapping[str, Mapping[int, Any]]) -> list[int]:
+    """The seeds that all arms of a contrast have."""
     missing = [arm for arm in wanted.weights if arm not in tables]
     if missing:
         there = ", ".join(tables) or "none"
@@ -166,4 +198,4 @@ def paired(wanted: Contrast, tables: Mapping[str, Mapping[int, Sequence[float]]]
     if len(seeds) < 2:
         names = " and ".join(wanted.weights)
         raise InputError(f"{names} share {len(seeds)} seeds; expected 2 or more (--seeds 3)")
-    return contrast(wanted, {arm: [tables[arm][seed] for seed in seeds] for arm in wanted.weights})
+    return seeds

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes as MplAxes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import style
 from analysis.effects import Effect, caution
-from analysis.picture import DPI, HEIGHT_IN, WIDTH_IN, bottom, frame, save
+from analysis.picture import WIDE, Canvas, frame, save
 from analysis.style import Mark
 
 BETTER = Mark("less error", style.PASS.colour, "o", "circle", 8.5, True)
@@ -45,22 +44,21 @@ def headline(found: Sequence[Effect]) -> str:
     return f"{sure} of {len(found)} effects are resolved, with {seeds} seeds and {found[0].samples} test samples"
 
 
-def draw(found: Sequence[Effect], title: str, sweep: str, metric: str, path: Path) -> None:
-    """Write the picture to ``path`` (PNG, 1600 x 1024 pixels)."""
-    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    foot = textwrap.wrap(f"{BARS} {caution(len(found))}", 160) if found else []
-    low = bottom(len(foot))
-    ax = figure.add_axes((0.27, low, 0.52, 0.835 - low))
-    frame(figure, ax, title, sweep, headline(found), foot)
+def draw(found: Sequence[Effect], title: str, sweep: str, metric: str, path: Path, canvas: Canvas = WIDE) -> None:
+    """Write the picture to ``path`` (PNG, 160 pixels to the inch: 1600 x 1024 unless told otherwise)."""
+    figure = canvas.figure()
+    foot = textwrap.wrap(f"{BARS} {caution(len(found))}", 160) if found and not canvas.bare else []
+    low, top = 0.736 + 0.18 * len(foot), 0.4 if canvas.bare else 1.056
+    ax = figure.add_axes((0.27, low / canvas.height, 0.52, 1 - (low + top) / canvas.height))
+    frame(figure, ax, canvas, title, sweep, headline(found), foot)
     if found:
-        _rows(figure, ax, found, metric)
+        _rows(figure, ax, canvas, found, metric)
     else:
         ax.set_axis_off()
     save(figure, path)
 
 
-def _rows(figure: Figure, ax: MplAxes, found: Sequence[Effect], metric: str) -> None:
+def _rows(figure: Figure, ax: MplAxes, canvas: Canvas, found: Sequence[Effect], metric: str) -> None:
     """Rows from top to bottom, a gap with a heading before each kind."""
     places: list[float] = []
     y = 0.0
@@ -86,10 +84,7 @@ def _rows(figure: Figure, ax: MplAxes, found: Sequence[Effect], metric: str) -> 
     ax.set_xlabel(f"◀ better      {what}", fontsize=10, color=style.INK, labelpad=6)
     drawn = [mark for mark in MARKS if any(look(one) == mark for one in found)]
     handles = [Line2D([], [], linestyle="none", label=mark.word, **_style(mark)) for mark in drawn]
-    figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.012, 0.905), ncols=len(handles), frameon=False, fontsize=9,
-        handletextpad=0.4, columnspacing=1.4, labelcolor=style.INK,
-    )  # fmt: skip
+    canvas.legend(figure, handles)
 
 
 def _row(ax: MplAxes, one: Effect, y: float) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 from analysis import style
+from analysis.frames import RUN_COLUMNS
+from analysis.front import Vertex, split_at, steps, vertices
 from analysis.labels import Box, place
-from analysis.pareto import Pareto, Vertex, split_at, steps
+from analysis.pareto import Pareto
 from analysis.points import Other, Point
-from analysis.store import RUN_COLUMNS
 from analysis.style import Axes, Mark
-from analysis.template import PAGE
-from analysis.words import Words
+from analysis.template import BAR, PAGE
 from trainables.record import UNITS
 
 HEIGHT_PX = 560
@@ -32,7 +32,7 @@ _CONFIG = {
 # The plot area that labels are laid out for; in a wider window they only get more room.
 _AREA = Box(0, 0, 760, 430)
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_GLANCE = ("T", "beta", "gamma", "rho", "epochs", "params_M", "size_MB", "t_pair_p95_ms", "verdict_detail")
+_GLANCE = ("sweep", "T", "beta", "gamma", "rho", "epochs", "params_M", "size_MB", "t_pair_p95_ms", "verdict_detail")
 
 
 def render(pareto: Pareto) -> str:
@@ -41,10 +41,12 @@ def render(pareto: Pareto) -> str:
     axes = style.axes(pareto) if pareto.points else None
     records: list[dict[str, Any]] = []
     drawn: list[Point] = []
+    traces: list[int] = []
     if axes:
         _lines(figure, axes, pareto)
-        for look, group in style.kinds(pareto.points):
-            figure.add_trace(_trace(axes, look, group, len(records), pareto.words))
+        for look, group in style.kinds(style.drawn(pareto)):
+            traces.append(len(figure.data))
+            figure.add_trace(_trace(axes, look, group, len(records), pareto))
             records += [_shown(point.record) for point in group]
             drawn += group
         for other in pareto.others:
@@ -67,11 +69,12 @@ def render(pareto: Pareto) -> str:
             config=_CONFIG,
         )
         if axes
-        else "<p>No trial has both a drop and a latency yet.</p>"
+        else f"<p>No trial has both a drop and {pareto.across.subject} yet.</p>"
     )
     return PAGE.format(
         font=_FONT,
-        title=html.escape(f"Quality against latency: {pareto.sweep}"),
+        title=html.escape(f"{style.title(pareto)}: {pareto.sweep}"),
+        heading=html.escape(style.title(pareto)),
         sweep=html.escape(pareto.sweep),
         headline=html.escape(pareto.headline),
         plot=plot,
@@ -79,6 +82,9 @@ def render(pareto: Pareto) -> str:
         records=_script_json(records),
         units=_script_json(dict(UNITS)),
         first=first,
+        traces=_script_json(traces),
+        moments=_script_json(_moments(pareto, axes) if axes else []),
+        bar=BAR if axes else "",
     )
 
 
@@ -96,7 +102,7 @@ def _lines(figure: go.Figure, axes: Axes, pareto: Pareto) -> None:
             },
             annotation_position="top right",
         )
-    above, below = split_at(steps(pareto.front, axes.top, axes.right), limit)
+    above, below = split_at(steps(vertices(pareto.front), axes.top, axes.right), limit)
     for part, dash, shown in ((above, "dot", not below), (below, "solid", True)):
         if part:
             figure.add_trace(
@@ -107,6 +113,7 @@ def _lines(figure: go.Figure, axes: Axes, pareto: Pareto) -> None:
                     line={"color": style.FRONT, "width": 2, "dash": dash},
                     opacity=0.75,
                     name="front",
+                    uid="front-below" if dash == "solid" else "front-above",
                     legendgroup="front",
                     showlegend=shown,
                     legendrank=2000,
@@ -115,7 +122,23 @@ def _lines(figure: go.Figure, axes: Axes, pareto: Pareto) -> None:
             )
 
 
-def _trace(axes: Axes, look: Mark, group: Sequence[Point], first: int, words: Words) -> go.Scatter:
+def _moments(pareto: Pareto, axes: Axes) -> list[dict[str, Any]]:
+    """The front over time for the slider: its line in places on the axes, and what it was worth."""
+    found = []
+    for moment in pareto.history:
+        line = steps(moment.front, axes.top, axes.right)
+        found.append(
+            {
+                "x": [axes.x.map(x) for x, _ in line],
+                "y": [axes.y.map(y) for _, y in line],
+                "when": moment.when,
+                "text": f"after {moment.trials} measured ({moment.exp_id}): hypervolume {moment.hypervolume:.4g}",
+            }
+        )
+    return found
+
+
+def _trace(axes: Axes, look: Mark, group: Sequence[Point], first: int, pareto: Pareto) -> go.Scatter:
     xs = [axes.x.map(p.x.value) for p in group]
     ys = [axes.y.map(p.drop.value) for p in group]
 
@@ -153,7 +176,7 @@ def _trace(axes: Axes, look: Mark, group: Sequence[Point], first: int, words: Wo
             [y - axes.y.map(p.drop.lo) for p, y in zip(group, ys, strict=True)],
         ),
         customdata=list(range(first, first + len(group))),
-        text=[_hover(point, words) for point in group],
+        text=[_hover(point, pareto) for point in group],
         hovertemplate="%{text}<extra></extra>",
     )
 
@@ -195,19 +218,22 @@ def _other(axes: Axes, other: Other, index: int, pareto: Pareto) -> go.Scatter:
     )
 
 
-def _hover(point: Point, words: Words) -> str:
+def _hover(point: Point, pareto: Pareto) -> str:
     """A glance at the record; the panel beside the picture shows all of it."""
-    drop, p50, ratio = point.drop, point.x, point.ratio
+    drop, x, ratio, words = point.drop, point.x, point.ratio, pareto.words
     lines = [f"<b>{html.escape(point.exp_id)}</b>"]
     interval = f"  [{drop.lo:+.2f}, {drop.hi:+.2f}]" if drop.hi > drop.lo else ""
     lines.append(f"drop {drop.value:+.2f} %{interval}")
     if words.rate and point.record.get("quality") is not None:
         lines.insert(1, f"{words.rate} {point.record['quality']:.4g}")
-    interval = f"  [{p50.lo:.4g}, {p50.hi:.4g}]" if p50.hi > p50.lo else ""
-    lines.append(f"p50 {p50.value:.4g} {words.time}{interval}")
+    interval = f"  [{x.lo:.4g}, {x.hi:.4g}]" if x.hi > x.lo else ""
+    lines.append(f"{pareto.across.name} {x.value:.4g} {pareto.across.unit}{interval}")
     if ratio and point.kind != "teacher":
         interval = f"  [{ratio.lo:.2f}, {ratio.hi:.2f}]" if ratio.hi > ratio.lo else ""
         lines.append(f"{ratio.value:.2f} x the teacher's speed, same runtime{interval}")
+    if pareto.shares and point.share is not None:
+        knee = " · the knee" if point is pareto.knee else ""
+        lines.append(f"on the front in {100 * point.share:.0f} % of draws{knee}")
     if point.stop_reason:
         lines.append(f"stopped: {html.escape(point.stop_reason)}")
     for key in _GLANCE:
@@ -285,7 +311,7 @@ def _labels(axes: Axes, pareto: Pareto) -> list[dict[str, Any]]:
         return (axes.x.map(x) - x0) / (x1 - x0) * _AREA.right, (axes.y.map(y) - y0) / (y1 - y0) * _AREA.top
 
     anchors, sizes, hard, soft = [], [], [], []
-    for point in pareto.points:
+    for point in style.drawn(pareto):
         x, y = pixel(point.x.value, point.drop.value)
         half = style.mark(point).size * 0.7
         hard.append(Box(x - half, y - half, x + half, y + half))
@@ -297,7 +323,7 @@ def _labels(axes: Axes, pareto: Pareto) -> list[dict[str, Any]]:
     for other in pareto.others:
         y = pixel(0, other.drop.value)[1]
         soft.append(Box(0, y - 1, _AREA.right, y + 1))
-    corners = [pixel(*corner) for corner in steps(pareto.front, axes.top, axes.right)]
+    corners = [pixel(*corner) for corner in steps(vertices(pareto.front), axes.top, axes.right)]
     for (ax, ay), (bx, by) in zip(corners, corners[1:], strict=False):
         soft.append(Box(min(ax, bx) - 1, min(ay, by) - 1, max(ax, bx) + 1, max(ay, by) + 1))
     if pareto.gate and pareto.gate.drop_pct is not None:
@@ -332,7 +358,7 @@ def _labels(axes: Axes, pareto: Pareto) -> list[dict[str, Any]]:
 def _shown(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record for the panel; NaN, which JSON lacks, becomes text."""
     body = {key: value for key, value in record.items() if key not in RUN_COLUMNS}
-    body |= {key: record[key] for key in ("role", "status", "run_id") if key in record}
+    body |= {key: record[key] for key in ("sweep", "role", "status", "run_id") if key in record}
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in body.items()}
 
 

@@ -1,64 +1,89 @@
-"""Quality against latency: which trials are worth having, computed first and drawn elsewhere.
+"""Quality against latency, or another cost: which trials are worth having, computed first and drawn elsewhere.
 
-Axes: p50 latency (ms per pair, µs per shot), and the drop of the primary metric against the teacher in percent
-(positive is worse). Less is better on both: the front runs from the lower right (the teacher's side) to the upper left.
+Axes: p50 latency (ms per pair, µs per shot) unless another of ``ACROSS`` is asked for, and the drop of the primary
+metric against the teacher in percent (positive is worse). Less is better on both: the front runs from the lower right
+(the teacher's side) to the upper left.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import moocore
-import numpy as np
 import polars as pl
 
-from analysis.points import Clock, Other, Point, clock_of, is_open, is_stop, number, others_of, point_of, rate_of
-from analysis.store import RUN_COLUMNS, SweepData, load
-from analysis.words import PICTURES, Words, words_of
+from analysis.captions import (
+    Limit,
+    caption,
+    check_one_reference,
+    check_one_workload,
+    clock_note,
+    common_gate,
+    headline,
+    shares_note,
+)
+from analysis.frames import RUN_COLUMNS, Row, rows_of
+from analysis.front import (
+    Moment,
+    Vertex,
+    history,
+    hypervolume,
+    knee,
+    mark_front,
+    mark_shares,
+    reference_of,
+    vertices,
+)
+from analysis.points import RATIO, Clock, Other, Point, clock_of, others_of, point_of, rate_of
+from analysis.store import SweepData, load
+from analysis.words import ACROSS, PICTURES, Measure, Words, measure_of, words_of
 from trainables.record import EXTRAS, FIELDS, InputError
 
-Vertex = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The sweep's gate; ``drop_pct`` is the line to draw, None when the gate is about another metric."""
-
-    text: str
-    drop_pct: float | None
+_OUTCOME = ("role", "status", "verdict", "stop_reason")
+_PLACING = (
+    *(*_OUTCOME, "exp_id", "run_id", "datetime"),
+    *("drop", "drop_lo", "drop_hi", RATIO, f"{RATIO}_lo", f"{RATIO}_hi"),
+)
+_ORIGIN = ("workload_hash", "domain", "profile", "reference", "parent", "engine", "device")
+_RUN = ("sweep", "role", "status", "trial_id", "run_id")
+_RATES = ("role", "quality", "drop", "domain", "workload_hash")
 
 
 @dataclass(frozen=True)
 class Pareto:
-    """Everything a picture of one sweep needs.
+    """Everything a picture of one or more sweeps needs.
 
-    ``front``: points that no other beats in both, fastest first (stopped ones take no part).
+    ``across``: what x is. ``front``: points that no other beats in both, smallest x first (stopped ones take no part).
     ``hypervolume``: area in x * percent between the front and ``reference`` = (x, drop percent): the teacher's x and
     the gate's limit, where known, else a tenth beyond the worst point.
-    ``left_out``: (exp_id, why) of trials that have no place in the plane.
+    ``knee``: where the front bends most, if anywhere. ``history``: the front as trials were measured.
+    ``left_out``: (run id, exp_id, why) of trials that have no place in the plane.
     ``metric``: the primary metric that the drop is taken of, "" if unknown.
-    ``words``: what samples and times are called. ``clock``: how x was found, "" where it is p50 as measured.
-    ``rate``: the teacher's error rate where the picture shows rates, else None; ``others``: what else has one.
-    ``chosen``: exp_id of the trial that validation chose, "" if none.
+    ``words``: what samples and times are called. ``clock``: how x was found, "" where it is as measured.
+    ``shares``: how the shares of draws on the front were found. ``rate``: the teacher's error rate where the picture
+    shows rates, else None; ``others``: what else has one. ``chosen``: run ids of the trials that validation chose.
     """
 
     sweep: str
+    across: Measure
     points: tuple[Point, ...]
     front: tuple[Point, ...]
     reference: Vertex | None
     hypervolume: float | None
+    knee: Point | None
+    history: tuple[Moment, ...]
     gate: Limit | None
-    left_out: tuple[tuple[str, str], ...]
+    left_out: tuple[tuple[str, str, str], ...]
     metric: str
     headline: str
     caption: tuple[str, ...]
     words: Words
     clock: str
+    shares: str
     rate: float | None
     others: tuple[Other, ...]
-    chosen: str
+    chosen: frozenset[str]
 
 
 def run(tracking_uri: str, sweep: str, out_dir: str | Path, log: bool = True) -> list[Path]:
@@ -105,225 +130,106 @@ def write(data: SweepData, pareto: Pareto, out_dir: str | Path) -> list[Path]:
     return paths
 
 
-def compute(data: SweepData) -> Pareto:
-    """Points, front and hypervolume of a sweep. Raises InputError for different workloads, or no trial."""
-    rows = data.trials.to_dicts()
-    if not rows:
+def compute(data: SweepData, x: str = "p50") -> Pareto:
+    """Points, front and hypervolume of one or more sweeps; x: one of ``ACROSS``.
+
+    Raises InputError for different workloads, several sweeps against different references, no trial, another x, and
+    where no trial has that x.
+    """
+    if x not in ACROSS:
+        raise InputError(f"--x {x}: expected one of {', '.join(ACROSS)}")
+    trials = data.trials
+    if trials.is_empty():
         raise InputError(f"--sweep {data.name}: no trial is logged yet; wait for its first or resume the sweep")
-    check_one_workload(rows)
-    gate = gate_of(data.settings)
-    words = words_of(next((row["domain"] for row in rows if row.get("domain")), data.tags.get("domain")))
-    clock, rate = clock_of(rows), rate_of(rows) if words.rate else None
-    candidates: list[Point] = []
-    left_out: list[tuple[str, str]] = []
-    for row in rows:
-        point = point_of(row, clock, words)
-        if isinstance(point, Point):
-            candidates.append(point)
-        else:
-            left_out.append((str(row["exp_id"]), point))
-    points = mark_front(candidates)
+    who = rows_of(trials, ("sweep", "exp_id", "role", "workload_hash", "reference"))
+    check_one_workload(who)
+    check_one_reference(who)
+    gate = common_gate([sweep.params for sweep in data.sweeps])
+    words = words_of(next(iter(trials["domain"].drop_nulls()), data.tags.get("domain")))
+    hours = "cpu_hours" if "cpu_hours" in trials.columns and not trials["gpu_hours"].count() else "gpu_hours"
+    across = measure_of(x, words, hours)
+    timed = rows_of(trials, ("t_pair_p50_ms", RATIO)) if x == "p50" else []
+    clock = clock_of(timed)
+    placed, left_out = _place(trials, across, clock)
+    if x != ACROSS[0] and not placed:
+        raise InputError(f"--x {x}: no trial of {data.name} has both {across.key} and a drop; choose another of "
+                         f"{', '.join(ACROSS)}")  # fmt: skip
+    limit = gate.drop_pct if gate else None
+    points = mark_shares(mark_front(placed))
     front = tuple(sorted((p for p in points if p.on_front), key=lambda p: (p.x.value, p.drop.value)))
-    reference = _reference(points, gate)
+    reference = reference_of(points, limit)
+    compared = [name for name in trials.columns if name.startswith(("ler_over_", "us_per_shot_"))]
+    rows = rows_of(trials, (*_RATES, *compared)) if words.rate else []
+    rate = rate_of(rows)
     return Pareto(
         sweep=data.name,
+        across=across,
         points=points,
         front=front,
         reference=reference,
-        hypervolume=_hypervolume(front, reference),
+        hypervolume=hypervolume(vertices(front), reference),
+        knee=knee(front, limit),
+        history=history(points, reference),
         gate=gate,
-        left_out=tuple(left_out),
+        left_out=left_out,
         metric=data.settings.get("primary", ""),
-        headline=headline(rows, gate) + ("  ·  the sweep was interrupted" if data.interrupted else ""),
-        caption=caption(rows, data.settings, words),
+        headline=headline(rows_of(trials, _OUTCOME), gate)
+        + ("  ·  the sweep was interrupted" if data.interrupted else ""),
+        caption=caption(trials.select(c for c in _ORIGIN if c in trials.columns).unique(maintain_order=True).to_dicts(),
+                        rows_of(trials, ("load_1m", "cores")) if across.lo else [], data.settings, words),
         words=words,
-        clock=clock_note(clock, candidates, words),
+        clock=clock_note(clock, points, words),
+        shares=shares_note(points, words),
         rate=rate,
-        others=others_of(rows, rate) if rate else (),
-        chosen=data.tags.get("chosen", ""),
-    )
+        others=others_of(rows, rate, x == "p50") if rate else (),
+        chosen=data.chosen,
+    )  # fmt: skip
 
 
-def clock_note(clock: Clock | None, points: Sequence[Point], words: Words) -> str:
-    """One line on how x was found: by paired ratios, and where not."""
-    if clock is None or not any(point.ratio for point in points):
-        return ""
-    unpaired = sum(point.ratio is None for point in points)
-    return (
-        f"x: the teacher's p50, {words.per_ms * clock.p50_ms:.4g} {words.time} (median of {clock.timings} timings), "
-        "divided by each trial's ratio to it, taken in the same alternating rounds"
-        + (f"; {unpaired} without a ratio: p50 as measured" if unpaired else "")
-    )
-
-
-def mark_front(points: Sequence[Point]) -> tuple[Point, ...]:
-    """The same points with ``on_front`` set: not beaten in both p50 and drop by another that is not stopped.
-
-    Points with equal values are on the front together.
-    """
-    allowed = [i for i, point in enumerate(points) if point.kind != "stopped"]
-    if not allowed:
-        return tuple(points)
-    plane = np.array([(points[i].x.value, points[i].drop.value) for i in allowed])
-    best = moocore.is_nondominated(plane, keep_weakly=True)
-    chosen = {i for i, keep in zip(allowed, best, strict=True) if keep}
-    return tuple(replace(point, on_front=i in chosen) for i, point in enumerate(points))
-
-
-def steps(front: Sequence[Point], top: float, right: float) -> list[Vertex]:
-    """Corners (ms, percent) of the front's step line, from the upper edge ``top`` to ``right``."""
-    line: list[Vertex] = []
-    for point in front:
-        x, y = point.x.value, point.drop.value
-        line.append((x, line[-1][1] if line else max(top, y)))
-        line.append((x, y))
-    if line:
-        line.append((max(right, line[-1][0]), line[-1][1]))
-    return line
-
-
-def split_at(line: Sequence[Vertex], limit: float | None) -> tuple[list[Vertex], list[Vertex]]:
-    """A step line in two: above ``limit`` percent, and at or below it (all of it without a limit)."""
-    if limit is None:
-        return [], list(line)
-    above: list[Vertex] = []
-    for i, (x, y) in enumerate(line):
-        if y <= limit:
-            crossing = [(x, limit)] if above else []
-            return above + crossing, crossing + list(line[i:])
-        above.append((x, y))
-    return above, []
-
-
-def gate_of(settings: Mapping[str, str]) -> Limit | None:
-    """The gate in the parent run's settings (gate_metric, gate_at_most or gate_at_least), if there is one."""
-    metric = settings.get("gate_metric")
-    if not metric or metric == "None":
-        return None
-    for key, sign in (("gate_at_most", "≤"), ("gate_at_least", "≥")):
-        try:
-            value = float(settings.get(key, ""))
-        except ValueError:
-            continue
-        if metric == "drop":
-            return Limit(f"drop {sign} {100 * value:g} %", 100 * value)
-        return Limit(f"{metric} {sign} {value:g}", None)
-    return None
-
-
-def check_one_workload(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError, listing the workloads, when there is more than one: they are not comparable."""
-    by_hash: dict[str, list[str]] = {}
-    for row in rows:
-        if row.get("workload_hash"):
-            by_hash.setdefault(str(row["workload_hash"]), []).append(str(row["exp_id"]))
-    if len(by_hash) > 1:
-        groups = "; ".join(
-            f"{key[:12]}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-            for key, names in by_hash.items()
-        )
-        raise InputError(
-            f"{len(by_hash)} different workloads cannot be compared ({groups}); measure all on one workload"
-        )
-
-
-def headline(rows: Sequence[Mapping[str, Any]], gate: Limit | None) -> str:
-    """One line of what came out, counted over all trials."""
-    trials = [row for row in rows if row["role"] != "teacher"]
-    passed = sum(row.get("verdict") == "pass" for row in trials)
-    stopped = sum(is_stop(row.get("stop_reason")) for row in trials)
-    what = f"{passed} of {len(trials)} trials meet the gate ({gate.text})" if gate else f"{len(trials)} trials"
-    unfinished = sum(is_open(row) for row in trials)
-    what += f"  ·  {stopped} stopped early" if stopped else ""
-    return what + (f"  ·  {unfinished} not finished" if unfinished else "")
-
-
-def load_note(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A warning where latency was measured with more runnable processes than cores, else an empty string."""
-    pairs = [(number(row.get("load_1m")), number(row.get("cores"))) for row in rows]
-    high = [(load, cores) for load, cores in pairs if load is not None and cores is not None and load > cores]
-    if not high:
-        return ""
-    load, cores = max(high)
-    return f"load {load:.1f} on {cores:g} cores when latency was measured: trust the ratios, not the times"
-
-
-def caption(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str], words: Words) -> tuple[str, ...]:
-    """Where the numbers come from, as far as is known: workload, domain, engine, device, size of the test."""
-    parts = []
-    for name, key in (
-        ("workload", "workload_hash"),
-        ("domain", "domain"),
-        ("profile", "profile"),
-        ("against", "parent"),
-        ("engine", "engine"),
-        ("device", "device"),
-    ):
-        found = [row.get("reference") or row.get(key) if name == "against" else row.get(key) for row in rows]
-        values = list(dict.fromkeys(str(value) for value in found if value))
-        if values:
-            shown = [value[:12] for value in values] if key == "workload_hash" else values
-            parts.append(f"{name} {' / '.join(shown)}")
-    for name, key in (("images", "image_size"), (f"test {words.samples}", f"test_{words.samples}")):
-        if settings.get(key):
-            parts.append(f"{name} {settings[key]}")
-    warning = load_note(rows)
-    return (*parts, warning) if warning else tuple(parts)
+def _place(
+    trials: pl.DataFrame, across: Measure, clock: Clock | None
+) -> tuple[list[Point], tuple[tuple[str, str, str], ...]]:
+    """Points, and who has no place. Sweeps that share a teacher show it once."""
+    names = dict.fromkeys((*_PLACING, across.key, across.lo, across.hi, "weights"))
+    rows = trials.select(name for name in names if name in trials.columns)
+    points: list[Point] = []
+    left_out = []
+    teachers: set[Any] = set()
+    for index, row in enumerate(rows.iter_rows(named=True)):
+        point = point_of(row, Row(trials, index), across, clock)
+        if isinstance(point, str):
+            left_out.append((str(row["run_id"]), str(row["exp_id"]), point))
+        elif point.kind != "teacher" or (row.get("weights") or row["exp_id"]) not in teachers:
+            points.append(point)
+            if point.kind == "teacher":
+                teachers.add(row.get("weights") or row["exp_id"])
+    return points, tuple(left_out)
 
 
 def frame(data: SweepData, pareto: Pareto) -> pl.DataFrame:
     """All trials as a table: 25 fields, extras, the trials' own extras, then their place in the picture (x in its
     unit); after them the other decoders that are drawn in.
     """
-    placed = {id_of(point.record): point for point in pareto.points}
-    reasons = dict(pareto.left_out)
+    placed = {point.record["run_id"]: point for point in pareto.points}
+    reasons = {run_id: why for run_id, _, why in pareto.left_out}
     own = [name for name in data.trials.columns if name not in {*RUN_COLUMNS, *FIELDS, *EXTRAS}]
-    keys = [id_of(row) for row in data.trials.to_dicts()]
+    keys = data.trials["run_id"].to_list()
     points = [placed.get(key) for key in keys]
-    x = f"x_{pareto.words.column}"
+    x = pareto.across.column
     places = {x: "value", f"{x}_lo": "lo", f"{x}_hi": "hi"}
-    trials = data.trials.select(*FIELDS, *EXTRAS, *own, "role", "status", "trial_id", "run_id").with_columns(
+    trials = data.trials.select(*FIELDS, *EXTRAS, *own, *_RUN).with_columns(
         *(
             pl.Series(name, [getattr(p.x, end) if p else None for p in points], dtype=pl.Float64)
             for name, end in places.items()
         ),
+        pl.Series("front_share", [p.share if p else None for p in points], dtype=pl.Float64),
         pl.Series("kind", [p.kind if p else None for p in points], dtype=pl.String),
         pl.Series("on_front", [p.on_front if p else None for p in points], dtype=pl.Boolean),
-        pl.Series(
-            "left_out",
-            [None if p else reasons[e] for p, e in zip(points, data.trials["exp_id"], strict=True)],
-            dtype=pl.String,
-        ),
+        pl.Series("left_out", [reasons.get(key) for key in keys], dtype=pl.String),
     )
     others = [{**other.record, x: other.x} for other in pareto.others]
     known = [{key: row[key] for key in row if key in trials.columns} for row in others]
     return pl.concat([trials, pl.DataFrame(known)], how="diagonal_relaxed") if known else trials
-
-
-def id_of(row: Mapping[str, Any]) -> str:
-    """What tells trials of one sweep apart: the MLflow run."""
-    return str(row["run_id"])
-
-
-def _reference(points: Sequence[Point], gate: Limit | None) -> Vertex | None:
-    if not points:
-        return None
-    teachers = [p.x.value for p in points if p.kind == "teacher"]
-    slowest = max(p.x.value for p in points)
-    worst = max(p.drop.value for p in points)
-    limit = gate.drop_pct if gate else None
-    return (
-        max(teachers) if teachers else 1.1 * slowest,
-        limit if limit is not None else worst + 0.1 * (abs(worst) or 1.0),
-    )
-
-
-def _hypervolume(front: Sequence[Point], reference: Vertex | None) -> float | None:
-    if reference is None:
-        return None
-    inside = [(p.x.value, p.drop.value) for p in front]
-    inside = [(x, y) for x, y in inside if x < reference[0] and y < reference[1]]
-    return float(moocore.hypervolume(np.array(inside), ref=np.array(reference))) if inside else 0.0
 
 
 def log_files(tracking_uri: str, run_id: str, paths: Sequence[Path]) -> None:

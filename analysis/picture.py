@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,52 +13,91 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from analysis import style
+from analysis.front import Vertex, split_at, steps, vertices
 from analysis.labels import Box, place
-from analysis.pareto import Pareto, Vertex, split_at, steps
+from analysis.pareto import Pareto
 from analysis.points import Other, Point
 from analysis.style import Axes, Mark
 
-WIDTH_IN, HEIGHT_IN, DPI = 10.0, 6.4, 160
+DPI = 160
 FONT = 9.5
 OTHER_DASHES: Any = (0, (4, 2, 1, 2))
 HALO = withStroke(linewidth=2.2, foreground="#ffffffb0")
 
 
-def draw(pareto: Pareto, path: Path) -> None:
-    """Write the picture to ``path`` (PNG, 1600 x 1024 pixels)."""
-    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    foot = [piece for line in style.footer(pareto) for piece in textwrap.wrap(line, 160)]
-    low = bottom(len(foot))
-    ax = figure.add_axes((0.085, low, 0.845 if pareto.rate else 0.895, 0.825 - low))
-    frame(figure, ax, "Quality against latency", pareto.sweep, pareto.headline, foot)
+@dataclass(frozen=True)
+class Canvas:
+    """A picture's size in inches. bare: without title and caption, which stand in the text around it."""
+
+    width: float = 10.0
+    height: float = 6.4
+    bare: bool = False
+    legend_rows: int = 1
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is for a phone."""
+        return self.width < 8
+
+    def figure(self) -> Figure:
+        """An empty figure of that size."""
+        figure = Figure(figsize=(self.width, self.height), dpi=DPI, facecolor="white")
+        FigureCanvasAgg(figure)
+        return figure
+
+    def area(self, figure: Figure, right: float, foot_lines: int = 0) -> MplAxes:
+        """The axes: room at the left for the axis title, at the right as many inches as given, the legend above."""
+        left, low = (0.72, 0.86) if self.narrow else (0.85, 0.736 + 0.18 * foot_lines)
+        top = 0.08 + 0.24 * self.legend_rows if self.bare else 1.12
+        return figure.add_axes((left / self.width, low / self.height, 1 - (left + right) / self.width,
+                                1 - (low + top) / self.height))  # fmt: skip
+
+    def legend(self, figure: Figure, handles: Sequence[Line2D]) -> None:
+        """The legend above the axes, in as many rows as there is room for."""
+        figure.legend(
+            handles=handles, loc="upper left",
+            bbox_to_anchor=(0.012, 1 if self.bare else 1 - 0.61 / self.height),
+            ncols=-(-len(handles) // self.legend_rows), frameon=False, fontsize=8.5 if self.narrow else 9,
+            handletextpad=0.4, columnspacing=1.0 if self.narrow else 1.4, labelcolor=style.INK,
+        )  # fmt: skip
+
+
+WIDE = Canvas()
+REPORT = Canvas(10.0, 5.0, bare=True)
+PHONE = Canvas(4.9, 5.4, bare=True, legend_rows=3)
+
+
+def draw(pareto: Pareto, path: Path, canvas: Canvas = WIDE) -> None:
+    """Write the picture to ``path`` (PNG, 160 pixels to the inch: 1600 x 1024 unless told otherwise)."""
+    figure = canvas.figure()
+    foot = [] if canvas.bare else [piece for line in style.footer(pareto) for piece in textwrap.wrap(line, 160)]
+    ax = canvas.area(figure, 0.7 if pareto.rate else 0.2, len(foot))
+    frame(figure, ax, canvas, style.title(pareto), pareto.sweep, pareto.headline, foot)
     if not pareto.points:
         ax.set_axis_off()
         ax.text(
             0.5,
             0.5,
-            "no trial has both a drop and a latency yet",
+            f"no trial has both a drop and {pareto.across.subject} yet",
             ha="center",
             color=style.MUTED,
             fontsize=12,
         )
     else:
-        _plane(figure, ax, pareto)
+        _plane(figure, ax, canvas, pareto)
     save(figure, path)
 
 
-def bottom(foot_lines: int) -> float:
-    """Lower edge of the axes as a share of the figure: room for the axis title and the caption."""
-    return 0.115 + 0.028 * foot_lines
-
-
-def frame(figure: Figure, ax: MplAxes, title: str, sweep: str, headline: str, foot: Sequence[str]) -> None:
-    """Title, headline and caption around the axes, the same for every picture."""
-    figure.text(0.02, 0.955, title, fontsize=15, fontweight="bold", color=style.INK)
-    figure.text(0.98, 0.957, sweep, fontsize=10, color=style.MUTED, ha="right")
-    figure.text(0.02, 0.915, headline, fontsize=10.5, color=style.INK)
-    for i, line in enumerate(reversed(foot)):
-        figure.text(0.02, 0.02 + 0.028 * i, line, fontsize=8, color=style.MUTED)
+def frame(
+    figure: Figure, ax: MplAxes, canvas: Canvas, title: str, sweep: str, headline: str, foot: Sequence[str]
+) -> None:
+    """Title, headline and caption around the axes, the same for every picture that is not bare."""
+    if not canvas.bare:
+        figure.text(0.02, 0.955, title, fontsize=15, fontweight="bold", color=style.INK)
+        figure.text(0.98, 0.957, textwrap.shorten(sweep, 70), fontsize=10, color=style.MUTED, ha="right")
+        figure.text(0.02, 0.915, headline, fontsize=10.5, color=style.INK)
+        for i, line in enumerate(reversed(foot)):
+            figure.text(0.02, 0.02 + 0.028 * i, line, fontsize=8, color=style.MUTED)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -72,15 +112,20 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
 
 
-def set_axes(ax: MplAxes, axes: Axes, y_ticks: Sequence[tuple[float, str]], x_title: str, y_title: str) -> None:
+def set_axes(
+    ax: MplAxes, canvas: Canvas, axes: Axes, y_ticks: Sequence[tuple[float, str]], x_title: str, y_title: str
+) -> None:
     """Limits, ticks (y: place and label) and titles; data go in as places on the axis."""
+    if canvas.narrow:
+        x_title, y_title = (textwrap.fill(" ".join(title.split()), 50) for title in (x_title, y_title))
+    size = 8.5 if canvas.narrow else 10
     ax.set_xlim(*axes.x_range)
     ax.set_ylim(*axes.y_range)
-    x_ticks = axes.x.ticks(axes.x_range[0], axes.right)
+    x_ticks = axes.x.ticks(axes.x_range[0], axes.right, 5 if canvas.narrow else 9)
     ax.set_xticks([axes.x.map(v) for v, _ in x_ticks], [label for _, label in x_ticks])
     ax.set_yticks([place for place, _ in y_ticks], [label for _, label in y_ticks])
-    ax.set_xlabel(x_title, fontsize=10, color=style.INK, labelpad=6)
-    ax.set_ylabel(y_title, fontsize=10, color=style.INK, labelpad=6)
+    ax.set_xlabel(x_title, fontsize=size, color=style.INK, labelpad=6)
+    ax.set_ylabel(y_title, fontsize=size, color=style.INK, labelpad=6)
 
 
 def gate_line(ax: MplAxes, axes: Axes, limit: float, text: str, left: bool = False) -> None:
@@ -102,29 +147,33 @@ def gate_line(ax: MplAxes, axes: Axes, limit: float, text: str, left: bool = Fal
     )
 
 
-def _plane(figure: Figure, ax: MplAxes, pareto: Pareto) -> None:
+def _plane(figure: Figure, ax: MplAxes, canvas: Canvas, pareto: Pareto) -> None:
     axes = style.axes(pareto)
     ticks, side = style.y_ticks(pareto, axes)
-    set_axes(ax, axes, ticks, *style.axis_words(pareto))
+    set_axes(ax, canvas, axes, ticks, *style.axis_words(pareto))
     if side:
         _right_axis(ax, side)
     limit = pareto.gate.drop_pct if pareto.gate else None
     if limit is not None:
         gate_line(ax, axes, limit, style.gate_text(pareto))
     _others(ax, axes, pareto.others)
-    line = steps(pareto.front, axes.top, axes.right)
+    for alpha, moment in zip((0.12, 0.2, 0.3), style.earlier(pareto), strict=False):
+        corners = _places(axes, steps(moment.front, axes.top, axes.right))
+        ax.plot(*corners, color=style.FRONT, linewidth=1.2, alpha=alpha, zorder=1.8)
+    points = style.drawn(pareto)
+    line = steps(vertices(pareto.front), axes.top, axes.right)
     above, below = split_at(line, limit)
     for part, dashes in ((above, (0, (1, 2))), (below, "-")):
         if part:
             ax.plot(*_places(axes, part), color=style.FRONT, linewidth=1.6, alpha=0.75, linestyle=dashes, zorder=2)
-    for look, group in style.kinds(pareto.points):
+    for look, group in style.kinds(points):
         _marks(ax, axes, look, group)
     # One entry for all hollow marks: an entry for each does not fit above the axes.
     looks = dict.fromkeys(
-        style.plain(point.kind) for look in style.MARKS for point in pareto.points if style.mark(point) == look
+        style.plain(point.kind) for look in style.MARKS for point in points if style.mark(point) == look
     )
     handles = [Line2D([], [], linestyle="none", label=look.word, **_mark_style(look)) for look in looks]
-    if any(not style.mark(point).filled for point in pareto.points):
+    if any(not style.mark(point).filled for point in points):
         hollow = Line2D([], [], linestyle="none", marker="o", markersize=7, color=style.MUTED)
         hollow.set(markerfacecolor="white", markeredgewidth=1.3, label="hollow: dominated")
         handles.append(hollow)
@@ -132,21 +181,13 @@ def _plane(figure: Figure, ax: MplAxes, pareto: Pareto) -> None:
         square = _mark_style(style.OTHER)
         handles.append(Line2D([], [], linestyle=OTHER_DASHES, linewidth=1.1, label=style.OTHER.word, **square))
     handles.append(Line2D([], [], color=style.FRONT, linewidth=1.6, alpha=0.75, label="front"))
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.012, 0.905),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=9,
-        handletextpad=0.4,
-        columnspacing=1.4,
-        labelcolor=style.INK,
-    )
+    if style.earlier(pareto):
+        handles.append(Line2D([], [], color=style.FRONT, linewidth=1.2, alpha=0.25, label="front earlier"))
+    canvas.legend(figure, handles)
     missing = _labels(figure, ax, axes, pareto, line)
-    if missing:
+    if missing and not canvas.bare:
         ax.annotate(
-            f"{missing} labels left out for room: pareto.html and pareto.csv have them",
+            f"{missing} labels left out for room: pareto.csv has them",
             (1, 1),
             xycoords="axes fraction",
             xytext=(0, 3),
@@ -252,7 +293,7 @@ def _labels(figure: Figure, ax: MplAxes, axes: Axes, pareto: Pareto, line: Seque
         half = label.look.size / 2 * unit
         anchors.append((x, y))
         hard.append(Box(x - half, y - half, x + half, y + half))
-    for point in pareto.points:
+    for point in style.drawn(pareto):
         x, y = pixel(point.x.value, point.drop.value)
         (left, low), (right, high) = pixel(point.x.lo, point.drop.lo), pixel(point.x.hi, point.drop.hi)
         soft += [Box(left, y - unit, right, y + unit), Box(x - unit, low, x + unit, high)]

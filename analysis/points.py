@@ -1,4 +1,4 @@
-"""Records as points of the plane: latency across, drop upwards, both with intervals.
+"""Records as points of the plane: latency (or another cost) across, drop upwards, both with intervals.
 
 Absolute times of a shared machine are noise of its load, but every timing ran the teacher in the same rounds. So a
 trial stands at the teacher's p50, one value for the whole sweep, divided by the trial's ratio to it.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from analysis.words import Words
+from analysis.words import Measure
 
 Kind = Literal["teacher", "pass", "fail", "stopped", "unjudged", "open"]
 UNFINISHED = {"RUNNING": "still running", "KILLED": "interrupted"}  # MLflow's status of a trial without a record
@@ -19,7 +19,7 @@ _OVER = "ler_over_"
 _DECODERS = {"matching": "PyMatching", "correlated": "PyMatching, correlated", "exact": "exact limit"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Interval:
     """A measured value with its interval; lo == hi == value where none was measured."""
 
@@ -28,14 +28,16 @@ class Interval:
     hi: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Point:
     """One trial in the plane.
 
-    x: p50 latency in the domain's unit (ms per pair, µs per shot). drop: percent, positive = worse. kind: ``pass``,
+    x: what lies across, p50 latency in the domain's unit (ms per pair, µs per shot) by default. drop: percent, positive
+    = worse. kind: ``pass``,
     ``fail``, ``unjudged`` (no gate) were trained to the end, or stopped when they already met the gate; ``stopped``
     were stopped before they did; ``open`` (not finished) has no place in the plane. ratio: the teacher's p50 over the
-    own one, of the same rounds; None where x is the p50 as measured.
+    own one, of the same rounds; None where x is as measured. when: the record's time. share: in which share of the
+    bootstrap draws the point is on the front, None where it takes no part.
     """
 
     exp_id: str
@@ -46,6 +48,8 @@ class Point:
     stop_reason: str | None
     record: Mapping[str, Any]
     ratio: Interval | None = None
+    when: str = ""
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,19 +81,22 @@ def clock_of(rows: Sequence[Mapping[str, Any]]) -> Clock | None:
     return Clock(median(found), len(found)) if found else None
 
 
-def point_of(row: Mapping[str, Any], clock: Clock | None, words: Words) -> Point | str:
-    """The row's place in the plane, or why it has none."""
+def point_of(row: Mapping[str, Any], record: Mapping[str, Any], across: Measure, clock: Clock | None) -> Point | str:
+    """The row's place in the plane, or why it has none.
+
+    row: what placing needs; record: all of it, for who points at it. clock: None where x is taken as measured.
+    """
     teacher = row["role"] == "teacher"
-    x = _interval(row, "t_pair_p50_ms", "p50_lo", "p50_hi", words.per_ms)
+    x = _interval(row, across.key, across.lo, across.hi, across.factor)
     ratio = _interval(row, RATIO, f"{RATIO}_lo", f"{RATIO}_hi", 1.0)
     if x and clock and ratio and ratio.lo > 0:
-        whole = words.per_ms * clock.p50_ms
+        whole = across.factor * clock.p50_ms
         x = Interval(whole / ratio.value, whole / ratio.hi, whole / ratio.lo)
     else:
         ratio = None
     # The teacher's drop against itself is zero by definition, whether or not it was written down.
     drop = Interval(0.0, 0.0, 0.0) if teacher else _interval(row, "drop", "drop_lo", "drop_hi", 100.0)
-    missing = [name for name, value in (("p50", x), ("drop", drop)) if value is None]
+    missing = [name for name, value in ((across.name, x), ("drop", drop)) if value is None]
     if x is None or drop is None:
         why = f"no {' and no '.join(missing)}"
         status = str(row["status"])
@@ -98,7 +105,8 @@ def point_of(row: Mapping[str, Any], clock: Clock | None, words: Words) -> Point
         return f"{why}; {state}"
     reason = row.get("stop_reason")
     stop = reason if is_stop(reason) else None
-    return Point(str(row["exp_id"]), kind_of(row), x, drop, False, stop, row, ratio)
+    when = str(row.get("datetime") or "")
+    return Point(str(row["exp_id"]), kind_of(row), x, drop, False, stop, record, ratio, when)
 
 
 def rate_of(rows: Sequence[Mapping[str, Any]]) -> float | None:
@@ -110,15 +118,15 @@ def rate_of(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return None
 
 
-def others_of(rows: Sequence[Mapping[str, Any]], rate: float | None) -> tuple[Other, ...]:
+def others_of(rows: Sequence[Mapping[str, Any]], rate: float | None, timed: bool) -> tuple[Other, ...]:
     """The decoders that the teacher's record (else the first) is compared with, placed by the paired ratio of rates.
 
-    rate: the teacher's own.
+    rate: the teacher's own. timed: whether x is their time; of other measures they have none.
     """
     for row in sorted(rows, key=lambda row: row["role"] != "teacher"):
         names = [key.removeprefix(_OVER) for key in row if key.startswith(_OVER) and not key.endswith(("_lo", "_hi"))]
         own = 1 + (number(row.get("drop")) or 0.0)
-        found = [_other(name, row, own, rate, rows) for name in names if number(row.get(_OVER + name))]
+        found = [_other(name, row, own, rate, rows if timed else ()) for name in names if number(row.get(_OVER + name))]
         if found:
             return tuple(found)
     return ()
@@ -172,8 +180,7 @@ def is_stop(reason: Any) -> bool:
 
 def number(value: Any) -> float | None:
     """A finite number, else None."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if ok else None
+    return float(value) if type(value) in (float, int) and math.isfinite(value) else None  # no bool
 
 
 def _interval(row: Mapping[str, Any], key: str, lo: str, hi: str, unit: float) -> Interval | None:

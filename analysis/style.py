@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from analysis.front import Moment
 from analysis.labels import short
 from analysis.pareto import Pareto
 from analysis.points import Kind, Point
 from analysis.scale import Scale, choose, limits, round_rates, unmap
 
 INK, MUTED, GRID, GATE, FRONT = "#1a1a1a", "#5f6368", "#e6e8eb", "#7a3b00", "#0072B2"
+CROWD, AT_MOST = 60, 2000  # points of which all are named, and points that a picture holds
 BEYOND = "#f0f2f4"  # where nothing can lie
 
 
@@ -27,9 +29,9 @@ class Mark:
 
 TEACHER = Mark("teacher", "#E69F00", "*", "star", 15, True)
 PASS = Mark("meets the gate", "#0072B2", "o", "circle", 8.5, True)
-PASS_BEATEN = Mark("meets the gate, dominated", "#0072B2", "o", "circle-open", 7, False)
-FAIL = Mark("misses the gate", "#D55E00", "v", "triangle-down", 8.5, True)
-FAIL_BEATEN = Mark("misses the gate, dominated", "#D55E00", "v", "triangle-down-open", 7, False, 0.75)
+PASS_BEATEN = Mark("meets the gate, dominated", "#0072B2", "o", "circle-open", 7, False, 0.7)
+FAIL = Mark("misses the gate", "#D55E00", "v", "triangle-down", 8.5, True, 0.7)
+FAIL_BEATEN = Mark("misses the gate, dominated", "#D55E00", "v", "triangle-down-open", 7, False, 0.5)
 UNJUDGED = Mark("measured", "#009E73", "D", "diamond", 7, True)
 UNJUDGED_BEATEN = Mark("measured, dominated", "#009E73", "D", "diamond-open", 6, False, 0.8)
 OTHER = Mark("other decoders", "#CC79A7", "s", "square", 7, True)
@@ -133,14 +135,18 @@ class Label:
 
 
 def labelled(pareto: Pareto, axes: Axes) -> list[Label]:
-    """Names, the most important first: teacher, front, other decoders, passing, failing, stopped (why)."""
+    """Names, the most important first: teacher, front, other decoders, passing, failing, stopped (why); of a crowd
+    only the front's.
+    """
     trials = [p for p in pareto.points if p.kind != "teacher"]
     names = dict(zip((id(p) for p in trials), short([p.exp_id for p in trials]), strict=True))
     rank = {"teacher": 0, "pass": 3, "unjudged": 4, "fail": 5, "stopped": 6, "open": 7}
 
     def text(point: Point) -> str:
         name = "teacher" if point.kind == "teacher" else names[id(point)]
-        chosen = " (chosen)" if point.exp_id == pareto.chosen else ""
+        notes = [note for note, holds in (("chosen", point.record.get("run_id") in pareto.chosen),
+                                          ("knee", point is pareto.knee)) if holds]  # fmt: skip
+        chosen = f" ({', '.join(notes)})" if notes else ""
         return f"{name}{chosen} · {point.stop_reason}" if point.stop_reason else name + chosen
 
     order = sorted(
@@ -153,7 +159,8 @@ def labelled(pareto: Pareto, axes: Axes) -> list[Label]:
         Label(other.name, axes.left if other.x is None else other.x, other.drop.value, OTHER, False)
         for other in pareto.others
     ]
-    return [*found[:first], *others, *found[first:]]
+    rest = found[first:] if len(found) <= CROWD else []
+    return [*found[:first][:CROWD], *others, *rest]
 
 
 def kinds(points: Sequence[Point]) -> list[tuple[Mark, list[Point]]]:
@@ -169,7 +176,30 @@ def axis_words(pareto: Pareto) -> tuple[str, str]:
     quality = f"test drop{metric} against the teacher (%)"
     if pareto.rate:
         quality = f"test {words.rate}, logical errors per {words.sample}"
-    return f"◀ faster      p50 latency per {words.sample} ({words.time}){paired}", f"◀ better      {quality}"
+    return f"◀ {pareto.across.better}      {pareto.across.title}{paired}", f"◀ better      {quality}"
+
+
+def title(pareto: Pareto) -> str:
+    """What the picture shows."""
+    return f"Quality against {pareto.across.subject}"
+
+
+def earlier(pareto: Pareto) -> list[Moment]:
+    """The fronts as they were after a quarter, half and three quarters of the trials; none of a small sweep."""
+    count = sum(p.kind != "stopped" for p in pareto.points)
+    if count < 12:
+        return []
+    found = [[m for m in pareto.history if m.trials <= share * count][-1:] for share in (0.25, 0.5, 0.75)]
+    last = pareto.history[-1]
+    return [moment for moment in dict.fromkeys(m for some in found for m in some) if moment != last]
+
+
+def drawn(pareto: Pareto, at_most: int = AT_MOST) -> Sequence[Point]:
+    """The points that a picture shows: all, or of very many those that matter most."""
+    if len(pareto.points) <= at_most:
+        return pareto.points
+    order = sorted(pareto.points, key=lambda p: (p.kind != "teacher", not p.on_front, -(p.share or 0.0), p.drop.value))
+    return order[:at_most]
 
 
 SIDE_TITLE = "drop against the teacher (%)"
@@ -180,23 +210,28 @@ def footer(pareto: Pareto) -> list[str]:
     lines = ["  ·  ".join(pareto.caption)] if pareto.caption else []
     lines += [pareto.clock] if pareto.clock else []
     if pareto.reference is not None and pareto.hypervolume is not None:
-        (x, y), unit = pareto.reference, pareto.words.time
+        (x, y), unit = pareto.reference, pareto.across.unit
+        over = f", {pareto.across.name}: over rounds" if pareto.across.lo else ""
         lines.append(
             f"hypervolume {pareto.hypervolume:.4g} {unit}·% against the reference ({x:.4g} {unit}, {y:.3g} %)"
+            + (f"  ·  knee: {pareto.knee.exp_id}" if pareto.knee else "")
             + (
-                f"  ·  bars: 95 % bootstrap intervals (drop: over test {pareto.words.samples}, p50: over rounds)"
+                f"  ·  bars: 95 % bootstrap intervals (drop: over test {pareto.words.samples}{over})"
                 if any(_bars(p) for p in pareto.points)
                 else ""
             )
         )
+    lines += [pareto.shares] if pareto.shares else []
     if pareto.others:
         timed = any(other.x is not None for other in pareto.others)
         lines.append(
             f"other decoders on the same {pareto.words.samples}, placed by their paired ratio to the teacher's rate"
             + ("; timed from Python, one a call, apart from the trials' rounds" if timed else "; not timed: lines")
         )
+    if len(pareto.points) > AT_MOST:
+        lines.append(f"drawn: the {AT_MOST:,} of {len(pareto.points):,} trials nearest the front; pareto.csv has all")
     if pareto.left_out:
-        shown = [f"{name} ({why})" for name, why in pareto.left_out[:3]]
+        shown = [f"{name} ({why})" for _, name, why in pareto.left_out[:3]]
         more = f" and {len(pareto.left_out) - 3} more" if len(pareto.left_out) > 3 else ""
         lines.append(f"not in the picture: {', '.join(shown)}{more}")
     return lines

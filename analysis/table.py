@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.markup import escape
 from rich.table import Table
 
-from analysis.pareto import check_one_workload, load_note
+from analysis.captions import check_one_workload, load_note
 from analysis.points import RATIO, UNFINISHED, is_open, number
 from analysis.store import SweepData
 from analysis.words import PAIRS, Words, words_of

@@ -1,4 +1,10 @@
-"""The page around the Pareto plot: its layout and the panel that shows the record of the point under the pointer."""
+"""The page around the Pareto plot: its layout, its filter, and the panel that shows the record under the pointer."""
+
+BAR = """<div class="bar">
+<label>Filter <input id="filter" type="search" placeholder="K_T3  rho<=0.3  verdict=pass" size="28"
+  title="Words that must all hold: part of a name, or a field, =, !=, <, <=, > or >=, and a value"></label>
+<label id="time">Front over time <input id="moment" type="range" min="0" value="0"></label>
+<output id="said"></output></div>"""
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -16,6 +22,9 @@ header {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 16px; 
 h1 {{ font-size: 21px; margin: 0; }}
 header span {{ color: #5f6368; margin-left: auto; }}
 .headline {{ margin: 4px 0 10px; font-size: 15px; }}
+.bar {{ display: flex; flex-wrap: wrap; gap: 6px 20px; align-items: center; color: #5f6368; font-size: 13px; }}
+.bar label {{ display: flex; gap: 8px; align-items: center; }}
+.bar input[type=search] {{ font: inherit; padding: 4px 8px; border: 1px solid #c4c8cc; border-radius: 6px; }}
 main {{ display: grid; grid-template-columns: minmax(0, 1fr) 300px; gap: 16px; align-items: start; }}
 aside {{ border: 1px solid #e0e3e6; border-radius: 8px; padding: 10px 12px; max-height: 560px; overflow: auto;
   box-sizing: border-box; }}
@@ -32,13 +41,13 @@ footer p {{ margin: 2px 0; }}
   main {{ grid-template-columns: minmax(0, 1fr); }}
   aside {{ max-height: none; }}
 }}
-@media print {{ aside {{ display: none; }} main {{ display: block; }} }}
+@media print {{ aside, .bar {{ display: none; }} main {{ display: block; }} }}
 </style>
 </head>
 <body>
-<header><h1>Quality against latency</h1><span>{sweep}</span></header>
+<header><h1>{heading}</h1><span>{sweep}</span></header>
 <p class="headline">{headline}</p>
-<main><div>{plot}</div>
+<main><div>{bar}{plot}</div>
 <aside aria-live="polite"><h2 id="name">Record</h2>
 <p id="hint">Point at a trial to see its record; click to keep it. A click on the legend hides a kind.</p>
 <table><tbody id="record"></tbody></table></aside></main>
@@ -66,6 +75,47 @@ footer p {{ margin: 2px 0; }}
     }}));
   }}
   if (!plot || !plot.on) return;
+  const traces = {traces}, moments = {moments}, places = traces.map((i) => [plot.data[i].x, plot.data[i].customdata]);
+  const filter = document.getElementById("filter"), moment = document.getElementById("moment");
+  const said = document.getElementById("said"), front = plot.data.flatMap((one, i) => one.name === "front" ? [i] : []);
+  const lines = front.map((i) => [plot.data[i].x, plot.data[i].y]), last = moments.length - 1;
+  const tests = {{"=": (a, b) => a == b, "!=": (a, b) => a != b, "<": (a, b) => a < b, "<=": (a, b) => a <= b,
+    ">": (a, b) => a > b, ">=": (a, b) => a >= b}};
+  function holds(record, word) {{
+    const parts = /^([A-Za-z0-9_]+)(!=|<=|>=|=|<|>)(.*)$/.exec(word);
+    if (!parts) return `${{record.sweep || ""}} ${{record.exp_id}}`.toLowerCase().includes(word.toLowerCase());
+    const value = record[parts[1]], number = Number(parts[3]);
+    if (value === null || value === undefined) return false;
+    return tests[parts[2]](typeof value === "number" ? value : String(value),
+      typeof value === "number" && parts[3] !== "" && !Number.isNaN(number) ? number : parts[3]);
+  }}
+  function draw() {{
+    const words = filter.value.split(" ").filter(Boolean), now = last < 0 ? last : Number(moment.value);
+    const until = now < last ? moments[now].when : null;
+    let count = 0, all = 0;
+    const shown = places.map(([xs, indices]) => xs.map((x, i) => {{
+      const record = records[indices[i]];
+      const good = words.every((word) => holds(record, word)) && (until === null || record.datetime <= until);
+      all += 1;
+      count += good;
+      return good ? x : null;
+    }}));
+    Plotly.restyle(plot, {{x: shown}}, traces);
+    front.forEach((i, at) => {{
+      const line = until === null ? lines[at] : at === 0 ? [moments[now].x, moments[now].y] : [[], []];
+      Plotly.restyle(plot, {{x: [line[0]], y: [line[1]]}}, [i]);
+    }});
+    plot.classList.toggle("some", count < all);
+    const texts = (plot.layout.annotations || []).length && plot.querySelectorAll(".annotation");
+    if (texts) texts.forEach((text) => {{ text.style.opacity = count < all ? 0.15 : 1; }});
+    said.textContent = [count < all ? `${{count}} of ${{all}} points` : "", until === null ? "" : moments[now].text]
+      .filter(Boolean).join("  ·  ");
+  }}
+  if (last < 1) document.getElementById("time").remove();
+  moment.max = last;
+  moment.value = last;
+  filter.addEventListener("input", draw);
+  moment.addEventListener("input", draw);
   show({first});
   plot.on("plotly_hover", (event) => {{
     const index = event.points[0].customdata;

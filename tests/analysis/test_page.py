@@ -88,9 +88,25 @@ def test_it_renders_in_a_browser_without_an_error(text: str, tmp_path: Path) -> 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_it_works_in_a_sandboxed_frame(text: str, tmp_path: Path) -> None:
-    """As MLflow shows artifacts: scripts allowed, nothing else. The frame tells what it drew by a message."""
-    report = """<script>parent.postMessage(document.querySelectorAll("#pareto .points path").length +
-      " points, " + document.getElementById("name").textContent, "*")</script></body>"""
+    """As MLflow shows artifacts: scripts allowed, nothing else. The frame tells what it drew by a message, and what the
+    filter and the slider then left of it.
+    """
+    report = """<script>
+      const points = () => document.querySelectorAll("#pareto .points path").length + " points";
+      const said = [points() + ", " + document.getElementById("name").textContent];
+      function set(id, value) {
+        const input = document.getElementById(id);
+        input.value = value;
+        input.dispatchEvent(new Event("input"));
+        said.push(id + " " + value + ": " + document.getElementById("said").textContent);
+      }
+      set("filter", "T>3");
+      set("filter", "verdict=fail t3b05");
+      set("filter", "");
+      set("moment", "0");
+      const asked = performance.getEntriesByType("resource").length;
+      parent.postMessage([...said, asked + " requests"].join("; "), "*");
+    </script></body>"""
     frame = html.escape(text.replace("</body>", report))
     outer = tmp_path / "outer.html"
     outer.write_text(
@@ -101,4 +117,7 @@ def test_it_works_in_a_sandboxed_frame(text: str, tmp_path: Path) -> None:
     )
     done = in_browser(outer, tmp_path, "--dump-dom")
     assert "CONSOLE" not in done.stderr, done.stderr
-    assert "4 points, K_T3B05_run1" in done.stdout
+    assert "4 points, K_T3B05_run1; " in done.stdout
+    assert "filter T&gt;3: 1 of 4 points; " in done.stdout
+    assert "filter verdict=fail t3b05: 1 of 4 points; " in done.stdout
+    assert "filter : ; moment 0: after 1 measured (K_teacher_run1): hypervolume 0; 0 requests" in done.stdout

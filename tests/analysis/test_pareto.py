@@ -11,10 +11,12 @@ from mlflow.tracking import MlflowClient
 
 from analysis import pareto
 from analysis.__main__ import main
-from analysis.pareto import compute, gate_of, mark_front, split_at, steps
+from analysis.captions import gate_of
+from analysis.front import mark_front, split_at, steps
+from analysis.pareto import compute
 from analysis.points import Interval, Point
-from analysis.store import InputError, load
-from trainables.record import EXTRAS, FIELDS
+from analysis.store import load
+from trainables.record import EXTRAS, FIELDS, InputError
 
 Fresh = Callable[..., str]
 
@@ -81,7 +83,7 @@ def test_a_trial_that_passes_counts_as_passed_though_it_was_stopped(fresh: Fresh
 
 def test_trials_without_a_place_are_named(uri: str) -> None:
     found = compute(load(uri, "forty"))
-    assert found.left_out == (("K_search40_run1", "no p50 and no drop; stopped: diverged"),)
+    assert [left[1:] for left in found.left_out] == [("K_search40_run1", "no p50 and no drop; stopped: diverged")]
     assert len(found.points) == 41
 
 
@@ -111,7 +113,7 @@ def test_gates(settings: dict[str, str], text: str, line: float | None) -> None:
 
 
 def test_step_line_splits_at_the_gate() -> None:
-    line = steps([point(1, 4), point(2, 0.5), point(5, 0)], top=6, right=7)
+    line = steps([(1, 4), (2, 0.5), (5, 0)], top=6, right=7)
     assert line == [(1, 6), (1, 4), (2, 4), (2, 0.5), (5, 0.5), (5, 0), (7, 0)]
     above, below = split_at(line, 1.0)
     assert above == [(1, 6), (1, 4), (2, 4), (2, 1.0)] and below == [(2, 1.0), *line[3:]]

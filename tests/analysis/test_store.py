@@ -15,9 +15,11 @@ from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 from polars.testing import assert_frame_equal
 
-from analysis import store
-from analysis.store import ClientStore, InputError, SqlStore, curve_frame, load, open_store, trial_frame
-from trainables.record import EXTRAS, FIELDS
+from analysis import readers
+from analysis.frames import curve_frame, trial_frame
+from analysis.readers import ClientStore, SqlStore, open_store
+from analysis.store import load
+from trainables.record import EXTRAS, FIELDS, InputError
 
 KEYS = ("val_drop", "train_loss")
 
@@ -25,8 +27,8 @@ KEYS = ("val_drop", "train_loss")
 def test_a_sweep_comes_back_as_it_was_logged(uri: str) -> None:
     data = load(uri, "three", KEYS)
     assert data.name == "three" and data.settings["gate_at_most"] == "0.01"
-    assert tuple(data.trials.columns[4:29]) == FIELDS
-    assert tuple(data.trials.columns[29 : 29 + len(EXTRAS)]) == EXTRAS
+    assert tuple(data.trials.columns[6:31]) == FIELDS
+    assert tuple(data.trials.columns[31 : 31 + len(EXTRAS)]) == EXTRAS
     for row, (expected, drops) in zip(data.trials.to_dicts(), three(), strict=True):
         values = {k: v for k, v in expected.to_dict().items() if k != "beta"}
         assert {key: row[key] for key in values} == values
@@ -48,10 +50,10 @@ def test_sql_and_client_give_the_same_answer(uri: str, name: str) -> None:
         assert dict(parent.params) == dict(mirrored.params) and dict(parent.tags) == dict(mirrored.tags)
 
         def ordered(reader: SqlStore | ClientStore) -> pl.DataFrame:
-            return trial_frame(sorted(reader.children(parent.run_id), key=lambda run: run.start_ms))
+            return trial_frame(reader.children([parent.run_id]), [parent])
 
         assert_frame_equal(ordered(sql), ordered(client))
-        curves = [curve_frame(reader.metrics(parent.run_id, KEYS)) for reader in (sql, client)]
+        curves = [curve_frame(reader.metrics([parent.run_id], KEYS)) for reader in (sql, client)]
         assert curves[0].height > 60
         assert_frame_equal(*curves)
 
@@ -97,7 +99,7 @@ def test_nan_and_infinity_survive_both_readers(empty_uri: str, tmp_path: Path) -
     parent = log_sweep(copied, "odd", [(record("K_T3B05_run1"), [0.5, math.nan, math.inf, -math.inf])])
     values = load(copied, "odd").curves["value"].to_list()
     client = ClientStore(MlflowClient(tracking_uri=copied), "unreadable")
-    mirrored = curve_frame(client.metrics(parent, ["val_drop"]))["value"].to_list()
+    mirrored = curve_frame(client.metrics([parent], ["val_drop"]))["value"].to_list()
     for found in (values, mirrored):
         assert found[0] == 0.5 and math.isnan(found[1]) and found[2:] == [math.inf, -math.inf]
 
@@ -175,7 +177,7 @@ def test_missing_database_is_named_and_not_created(tmp_path: Path) -> None:
 
 def test_locked_database(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = copy_store(uri, tmp_path)
-    monkeypatch.setattr(store, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(readers, "LOCK_WAIT_S", 0.1)
     with sqlite3.connect(tmp_path / "mlflow.db") as holder:
         holder.execute("begin exclusive")
         assert "locked" in one_line(copied, "three")
