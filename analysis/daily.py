@@ -15,7 +15,7 @@ from datetime import date as Date
 from datetime import datetime as Datetime
 from typing import Any
 
-from analysis.store import Run, open_store
+from analysis.readers import Run, open_store
 from analysis.words import words_of
 from trainables.record import InputError
 

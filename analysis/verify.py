@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from analysis.manifest import NAME, TABLE, Manifest, Row
-from analysis.store import Run, Store, open_store
+from analysis.readers import Run, Store, open_store
 from trainables.gates import Verdict, judge_any
 from trainables.record import FIELDS, INPUTS, InputError, Record, read_csv
 

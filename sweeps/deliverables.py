@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from analysis.manifest import FORMAT, NAME, TABLE, File, Line, Manifest, Row
-from analysis.store import open_store
+from analysis.readers import open_store
 from engines.errors import InputError
 from sweeps import hours
 from sweeps.catalogue import Stage
