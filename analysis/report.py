@@ -262,5 +262,7 @@ def _environment(data: SweepData) -> list[Block]:
 
 
 def _distinct(trials: pl.DataFrame, name: str) -> str:
-    values = trials[name].drop_nulls().unique(maintain_order=True) if name in trials.columns else ()
+    values: list[Any] = (
+        trials[name].drop_nulls().unique(maintain_order=True).to_list() if name in trials.columns else []
+    )
     return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
