@@ -94,10 +94,8 @@ def _never_beaten(points: Sequence[Point], reach: float = 3.0) -> np.ndarray:
     corner of another.
     """
     far = reach / _HALF
-    best, worst = (
-        np.array([[one.value + far * (end(one) - one.value) for one in (p.x, p.drop)] for p in points])
-        for end in (lambda one: one.lo, lambda one: one.hi)
-    )
+    planes = [np.array([[getattr(one, end) for one in (p.x, p.drop)] for p in points]) for end in ("value", "lo", "hi")]
+    best, worst = (planes[0] + far * (end - planes[0]) for end in planes[1:])
     order = np.argsort(worst[:, 0], kind="stable")
     lowest = np.minimum.accumulate(worst[order, 1])
     place = np.searchsorted(worst[order, 0], best[:, 0], side="left") - 1

@@ -41,7 +41,7 @@ def importances(
         return []
     evaluate = _evaluator([{name: row[name] for name in names} for row in params])
     own, rng = evaluate(values), np.random.default_rng(seed)
-    shuffled = [evaluate(rng.permutation(values)) for _ in range(SHUFFLES)]
+    shuffled = [evaluate(rng.permutation(values).tolist()) for _ in range(SHUFFLES)]
     total = sum(own.values()) or 1.0
     chance = float(np.quantile([max(one.values()) for one in shuffled], CHANCE)) / total
     return [Importance(name, objective, own[name] / total, chance) for name in sorted(names, key=lambda n: -own[n])]

@@ -13,6 +13,7 @@ import polars as pl
 from analysis import curves, findings, pareto, picture, style, table
 from analysis.blocks import Block, Heading, Items, Picture, Table, Text, to_html, to_markdown
 from analysis.captions import gate_of
+from analysis.frames import rows_of
 from analysis.pareto import Pareto
 from analysis.points import RATIO, is_stop
 from analysis.store import SweepData
@@ -248,9 +249,9 @@ def _said(value: Any) -> str:
 def _environment(data: SweepData) -> list[Block]:
     """What it was measured on, by which commit and command, and what this page was made with."""
     facts = [(name, _distinct(data.trials, name)) for name in _MACHINE]
-    loads = data.trials["load_1m"].drop_nulls() if "load_1m" in data.trials.columns else pl.Series([], dtype=pl.Float64)
-    if len(loads):
-        facts.append(("load while timing", f"{loads.min():.1f} to {loads.max():.1f}"))
+    loads = [row["load_1m"] for row in rows_of(data.trials, ("load_1m",)) if row.get("load_1m") is not None]
+    if loads:
+        facts.append(("load while timing", f"{min(loads):.1f} to {max(loads):.1f}"))
     commits = dict.fromkeys(tag for sweep in data.sweeps if (tag := sweep.tags.get("git_commit")))
     facts.append(("commit", ", ".join(commits)))
     profiles = dict.fromkeys(tag for sweep in data.sweeps if (tag := sweep.tags.get("profile")))
@@ -262,5 +263,7 @@ def _environment(data: SweepData) -> list[Block]:
 
 
 def _distinct(trials: pl.DataFrame, name: str) -> str:
-    values = trials[name].drop_nulls().unique(maintain_order=True) if name in trials.columns else ()
+    values: list[Any] = (
+        trials[name].drop_nulls().unique(maintain_order=True).to_list() if name in trials.columns else []
+    )
     return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

@@ -99,8 +99,9 @@ def load_all(
                 f"--tracking-uri {without_password(tracking_uri)}: no sweep is logged there yet; run one first "
                 "(python sweeps/k_grid.py --profile demo)"
             )
+        notes: list[str] = []
         if campaign is not None:
-            found, notes = _of_campaign(logged, campaign, tracking_uri), []
+            found = _of_campaign(logged, campaign, tracking_uri)
         else:
             found, notes = _named(logged, sweeps, tracking_uri)
         return _read(store, found, [*notes, *map(_interrupted, _killed(found))], campaign, curve_keys)
