@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from engines.errors import InputError
 from engines.policy import QuantPolicy
-from trainables import checkpoint, fast_linear, least_squares
+from trainables import fast_linear, least_squares
 from trainables.checkpoint import model_hash
 from trainables.config import DistillSettings, Dust3rPruneSettings, WorkloadSettings
 from trainables.domain import Batch, Outputs, Signal
-from trainables.dust3r import blocks, dpt, losses, metrics, narrow, pairs, rooms
+from trainables.dust3r import blocks, dpt, losses, metrics, narrow, pairs, released, rooms
 from trainables.dust3r import inherit as inheritance
 from trainables.dust3r import model as model_code
 from trainables.dust3r import prune as pruning
@@ -90,6 +90,11 @@ class Dust3r:
                 f"image_size={self.workload.image_size}: teacher {self.distill.teacher!r} takes "
                 f"{size[1]}x{size[0]} images; give a teacher of that size with --set teacher=PATH"
             )
+        if any(side % model.config["patch_size"] for side in self.workload.height_width):
+            raise InputError(
+                f"image_size={self.workload.image_size}: teacher {self.distill.teacher!r} takes multiples of "
+                f"{model.config['patch_size']} pixels, its patch, both ways"
+            )
         return model.eval().requires_grad_(False)
 
     def student(self, inherit: bool) -> DUSt3R:
@@ -148,12 +153,12 @@ class Dust3r:
         return self.samples("train", torch.arange(count))["image"].float() / 127.5 - 1
 
     def load(self, path: Path) -> DUSt3R:
-        """A model from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
-        config, weights = checkpoint.read_model(path)
+        """A model from a file that slimsweep wrote (.pth; .safetensors with its config) or a published checkpoint."""
+        config, weights = released.read(path)
         try:
-            with torch.random.fork_rng(devices=[]):  # reading a file must not move a training's random numbers
+            with torch.device("meta"):  # no time and no random numbers for weights that are replaced
                 model = from_reference_config(**config)
-            model.load_state_dict(weights)
+            model.load_state_dict(weights, assign=True)
         except (RuntimeError, TypeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: not a DUSt3R model of this architecture ({reason})") from None
