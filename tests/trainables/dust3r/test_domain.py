@@ -307,7 +307,7 @@ def test_deployed_model_is_the_model(domain):
     assert all(image.shape == (1, 3, 32, 32) and image.abs().max() <= 1 for image in inputs[0])
     with torch.no_grad():
         out = dict(zip(names_out, deployed(*inputs[4]), strict=True))
-        image = module.pairs.images(domain.workload)[4:5]
+        image = domain.source.images()[4:5]
         expected = domain.forward(teacher, {"image": image})
     assert all(torch.equal(out[name], expected[name]) for name in names_out)
     assert json.loads(json.dumps(domain.sampled())) == domain.sampled()
