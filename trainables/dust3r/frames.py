@@ -162,12 +162,12 @@ def read_exr(path: Path) -> Floats:
 def read_numbers(path: Path, shape: tuple[int, int]) -> Floats:
     """A matrix from a text file, float64."""
     try:
-        found = np.loadtxt(path, ndmin=2)
+        found = np.array(path.read_text().split(), dtype=np.float64)
     except (OSError, ValueError) as error:
         raise BrokenFrame(f"{path.name}: {_line(error)}") from None
-    if found.shape != shape:
-        raise BrokenFrame(f"{path.name}: expected {shape[0]} x {shape[1]} numbers, found {found.shape}")
-    return found
+    if found.size != shape[0] * shape[1]:
+        raise BrokenFrame(f"{path.name}: expected {shape[0]} x {shape[1]} numbers, found {found.size}")
+    return found.reshape(shape)
 
 
 def read_arrays(path: Path, *names: str) -> list[npt.NDArray[np.generic]]:

@@ -9,6 +9,7 @@ and listed in `skipped`.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -86,6 +87,12 @@ class Recordings:
     def sampled(self) -> dict[str, Any]:
         """Frames and hashes of the fixed splits, the sampled pairs by name, and what was skipped."""
         self._check()
+        if self.skipped:
+            some = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:2])
+            print(
+                f"warning: data={self.folder}: {len(self.skipped)} frames skipped ({some}); workload.yaml lists them",
+                file=sys.stderr,
+            )
         fixed = {split: self.listing(split) for split in ("val", "test")}
         return {
             "pairs (scene, frame, frame)": [link.names for link in self._sample()],

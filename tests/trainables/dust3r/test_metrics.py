@@ -212,9 +212,11 @@ def test_few_outliers_do_not_move_the_pose():
     points, cameras, poses = posed()
     wild = points.clone()
     g = torch.Generator().manual_seed(1)
-    wild[torch.rand(points.shape[:3], generator=g) < 0.15] += 3
+    scale = points.norm(dim=-1).mean((1, 2))[:, None, None, None].expand_as(points)
+    off = torch.rand(points.shape[:3], generator=g) < 0.15
+    wild[off] += 2 * scale[off]
     found = metrics.pose_errors(wild, torch.full(points.shape[:3], 2.0), cameras, poses)
-    assert found["rotation_deg"].max() < 1 and found["translation_deg"].median() < 3
+    assert found["rotation_deg"].max() < 0.2 and found["translation_deg"].max() < 2
 
 
 def test_a_pose_from_numbers_that_are_none_is_none():
