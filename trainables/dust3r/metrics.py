@@ -17,6 +17,7 @@ CLOUD_POINTS = 1024
 POSE_POINTS = 512
 POSE_STEPS = 30
 POSE_DRAWS, POSE_SAMPLE = 24, 8
+FARTHEST = 1e3  # of a point from the first camera, in median distances
 RESAMPLES = 2000
 NAMES = ("absrel", "rmse", "delta1", "delta103", "chamfer", "accuracy", "completeness")
 POSES = ("rotation_deg", "translation_deg", "rra15", "rta15", "maa30")
@@ -89,7 +90,8 @@ def pose_errors(points2: Tensor, confidence2: Tensor, intrinsics2: Tensor, pose:
     A pair with a non-finite prediction has NaN.
     """
     bad = ~(points2.isfinite().all(-1) & confidence2.isfinite()).flatten(1).all(1)
-    rotation, centre = resected(points2.nan_to_num(), confidence2.nan_to_num(1.0), intrinsics2)
+    numbers = points2.nan_to_num(0.0, 0.0, 0.0), confidence2.nan_to_num(1.0, 1.0, 1.0)
+    rotation, centre = resected(*numbers, intrinsics2)
     between = rotation.double() @ pose[:, :3, :3].double()
     turn = torch.stack([between[:, 2, 1], between[:, 0, 2], between[:, 1, 0]], -1)
     back = torch.stack([between[:, 1, 2], between[:, 2, 0], between[:, 0, 1]], -1)
@@ -122,7 +124,8 @@ def resected(points: Tensor, confidence: Tensor, intrinsics: Tensor) -> tuple[Te
     pixel = torch.stack([u, v, torch.ones_like(u)], -1).flatten(0, 1)[::step].to(points.device)
     ray = torch.nn.functional.normalize(pixel @ torch.linalg.inv(intrinsics).mT, dim=-1)
     world, trust = points.flatten(1, 2)[:, ::step], confidence.flatten(1)[:, ::step].log().clamp_min(1e-3)
-    world = world / world.norm(dim=-1).median(1).values.clamp_min(1e-9)[:, None, None]
+    scale = world.norm(dim=-1).median(1).values.clamp_min(1e-9)[:, None, None]
+    world = (world / scale).clamp(-FARTHEST, FARTHEST)  # of a model gone astray, squares would not be finite
     rotation, weight = _first_fit(world, ray)
     for _ in range(POSE_STEPS):
         rotation, shift, weight = _iterate(world, ray, trust * weight, rotation)

@@ -289,7 +289,7 @@ class DUSt3R(nn.Module):
         combination = 2 * portrait1.int() + portrait2.int()
         maps: list[list[Tensor]] = []
         rows: list[Tensor] = []
-        for kind in combination.unique().tolist():
+        for kind in sorted(set(combination.tolist())):
             own = (combination == kind).nonzero().flatten()
             turned = (bool(kind & 2), bool(kind & 1))
             found = self.pointmaps(*(_swapped(img[own], t, 2, 3) for img, t in zip((img1, img2), turned, strict=True)))

@@ -289,14 +289,16 @@ def test_adapters_fit_the_teachers_widths(domain):
 def test_evaluation_is_the_metrics_of_each_pair(domain, tiny):
     teacher = domain.teacher()
     found = domain.evaluate(teacher, "test", full=True)
-    assert {name: value.shape for name, value in found.items()} == dict.fromkeys(metrics.NAMES, (20,))
+    assert {name: value.shape for name, value in found.items()} == dict.fromkeys(
+        (*metrics.NAMES, *metrics.POSES), (20,)
+    )
     scenes = domain.scene_pairs("test", torch.tensor([13]))
     with torch.no_grad():
         out = domain.forward(teacher, scenes)
     alone = metrics.per_pair(out["pts1"], out["pts2"], scenes["points"][:, 0], scenes["points"][:, 1])
     for name, value in alone.items():
         assert torch.allclose(value[0], found[name][13], rtol=1e-3), name
-    assert domain.evaluate(teacher, "val").keys() == {"absrel", "rmse", "delta1"}
+    assert domain.evaluate(teacher, "val").keys() == {"absrel", "rmse", "delta1", "delta103"}
     assert "chamfer" in tiny.domain(primary="chamfer").evaluate(teacher, "val")
 
 
