@@ -78,8 +78,12 @@ class Resolved:
 
     @property
     def workload_hash(self) -> str:
-        """12 hex digits of the protocol and its samples; results of different workloads are never compared."""
-        return digest({**self.workload, **self.sampled})
+        """12 hex digits of the protocol and its samples; results of different workloads are never compared.
+
+        Data on disk count by what they hold, which the samples say, not by where they lie.
+        """
+        protocol = {key: value for key, value in self.workload.items() if key not in self.contents}
+        return digest({**protocol, **self.sampled})
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def load(path: Path, what: str = "checkpoint") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(
+                f"{what} {path} cannot be read: it holds {code[1]}, which is neither a tensor nor plain data; nothing "
+                "of it was run. Save the file again with tensors alone"
+            ) from None
         raise InputError(
             f"{what} {path} cannot be read ({_first_line(error)[:120]}); it is truncated or not a .pth file"
         ) from None
@@ -74,11 +80,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises InputError for a file that is missing, damaged or of another kind.
     """
     if path.suffix != ".safetensors":
-        content = load(path, "model")
-        if "config" not in content or "model" not in content:
-            keys = ", ".join(map(str, list(content)[:5]))
-            raise InputError(f"{path}: expected the keys 'model' and 'config', found {keys}")
-        return content["config"], content["model"]
+        return config_and_weights(path, load(path, "model"))
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -86,11 +88,22 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"model {path} cannot be read ({error}); it is missing or truncated") from None
     if "config" not in header:
-        raise InputError(f"{path}: its header holds no 'config', so the architecture is unknown")
+        raise InputError(
+            f"{path}: its header holds no 'config', so the architecture is unknown; of a download from the hub, with "
+            "config.json beside the weights, give the folder"
+        )
     try:
         return json.loads(header["config"]), weights
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: the 'config' in its header is not JSON ({error}); save the file again") from None
+
+
+def config_and_weights(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Constructor arguments and weights from what :func:`load` read. InputError names what is not there."""
+    if "config" not in content or "model" not in content:
+        keys = ", ".join(map(str, list(content)[:5]))
+        raise InputError(f"{path}: expected the keys 'model' and 'config', found {keys}")
+    return content["config"], content["model"]
 
 
 def model_hash(model: nn.Module) -> str:

@@ -24,6 +24,17 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
+WORDS = ("shipped", "teacher", "scratch", "none", "cached", "rooms")  # what a setting may say in place of a path
+
+
+def absolute(model: str) -> str:
+    """A path as every process finds it: workers of a cluster have another working directory."""
+    return model if model in WORDS else str(Path(model).expanduser().absolute())
+
+
+PAIR_GRAPHS = r"^(nearest|complete|(swin|logwin)(-[1-9]\d*)?(-noncyclic)?|oneref(-\d+)?)$"
+
+
 class Settings(BaseModel):
     """Base of all settings: unknown keys are refused, values cannot be changed after they were checked."""
 
@@ -49,9 +60,10 @@ class Workload(Settings):
 class WorkloadSettings(Workload):
     """DUSt3R's protocol."""
 
-    data: Literal["rooms"] = "rooms"
+    data: Annotated[str, AfterValidator(absolute)] = "rooms"
     image_size: str = "64x64"
     sampled_pairs: Count = 20
+    pair_graph: str = Field("nearest", pattern=PAIR_GRAPHS)
     neighbours: Count = 4
     views_per_scene: int = Field(8, ge=2)
     val_pairs: int = Field(512, ge=2)
@@ -78,14 +90,6 @@ class WorkloadSettings(Workload):
                 f"neighbours={self.neighbours} must be smaller than views_per_scene={self.views_per_scene}"
             )
         return self
-
-
-WORDS = ("shipped", "teacher", "scratch", "none", "cached")  # what a setting may say in place of a path
-
-
-def absolute(model: str) -> str:
-    """A path as every process finds it: workers of a cluster have another working directory."""
-    return model if model in WORDS else str(Path(model).expanduser().absolute())
 
 
 def _weight(value: Any) -> Any:

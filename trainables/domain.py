@@ -80,6 +80,9 @@ class Domain(Protocol):
     def split_id(self, split: str) -> str:
         """Changes whenever the metrics of :meth:`evaluate` on a split would, for the same model."""
 
+    def contents(self) -> dict[str, str]:
+        """Hashes of the data that settings name, by setting, as far as :meth:`sampled` does not cover them."""
+
     def samples(self, split: str, indices: Tensor) -> Batch:
         """Samples by index, leading dimension len(indices), in the dtypes in which they are cached."""
 

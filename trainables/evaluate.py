@@ -40,7 +40,8 @@ def identify(job: Job) -> tuple[dict[str, str], dict[str, Any]]:
     contents = {"teacher": model_hash(domain.teacher())}
     if model not in WORDS:
         contents["model"] = model_hash(domain.load(Path(model)))
-    return contents, domain.sampled()
+    sampled = domain.sampled()
+    return contents | domain.contents(), sampled
 
 
 def prepare(job: Job) -> None:

@@ -80,12 +80,12 @@ def paired_drop(
     with np.errstate(divide="ignore", invalid="ignore"):
         changes = sums[:, 0] / sums[:, 1] - 1
     changes[np.isnan(changes)] = 0.0  # 0/0: neither made an error in this resample
-    tail = _tail((1 - level) / 2, pairs)
+    tail = tail_of((1 - level) / 2, pairs)
     lo, hi = np.quantile(changes if lower_is_better else -changes, [tail, 1 - tail], method="nearest")
     return Drop(value, float(lo), float(hi))
 
 
-def _tail(tail: float, pairs: int) -> float:
+def tail_of(tail: float, pairs: int) -> float:
     """The percentile to read off for an interval as wide as t quantiles and the unbiased variance make it."""
     z, v = -NormalDist().inv_cdf(tail), pairs - 1
     # Cornish-Fisher expansion of the t quantile: within 1 % of it from 4 degrees of freedom on.

@@ -259,9 +259,7 @@ def test_shipped_teacher_keeps_its_pointmaps(tmp_path: Path) -> None:
     domain = pytest.importorskip("trainables.dust3r.domain")
     rooms = pytest.importorskip("trainables.dust3r.rooms")
     torch.manual_seed(0)
-    config, weights = domain.checkpoint.read_model(domain.SHIPPED)
-    model = domain.from_reference_config(**config)
-    model.load_state_dict(weights)
+    model = domain.Dust3r({}, 0).load(domain.SHIPPED)
     views = rooms.render(0, "train", torch.arange(10), 2, (64, 64)).image.float() / 127.5 - 1
     path, twin = tmp_path / "teacher.onnx", tmp_path / "twin.onnx"
     names = ["pts1", "conf1", "pts2", "conf2"]

@@ -56,9 +56,7 @@ def export(model: nn.Module, path: Path, size: int) -> Path:
 
 
 def teacher() -> nn.Module:
-    config, weights = dust3r.checkpoint.read_model(dust3r.SHIPPED)
-    model: nn.Module = dust3r.from_reference_config(**config)
-    model.load_state_dict(weights)
+    model: nn.Module = dust3r.Dust3r({}, 0).load(dust3r.SHIPPED)
     return model
 
 

@@ -183,6 +183,10 @@ class AlphaQubit:
     def _training(self) -> Sampler:
         return Sampler(self.workload.at(self.distill.train_p), self.seed, "train")
 
+    def contents(self) -> dict[str, str]:
+        """None: shots are simulated."""
+        return {}
+
     def samples(self, split: str, indices: Tensor) -> Batch:
         """Shots by index, see :class:`trainables.alphaqubit.sampler.Sampler`; of training at its own noise."""
         if split == "train":

@@ -13,9 +13,9 @@ _FIXED: dict[str, Any] = {
     "output_mode": "pts3d",
     "depth_mode": ("exp", "-inf", "inf"),
     "conf_mode": ("exp", "1", "inf"),
-    "patch_embed_cls": "PatchEmbedDust3R",
-    "landscape_only": False,
 }
+# Patch embedding -> landscape_only: every image as it is, or portraits lying on their side among landscapes.
+_EMBEDDINGS = {"PatchEmbedDust3R": False, "ManyAR_PatchEmbed": True}
 # The stacks of layers and the parts of a layer that can be narrowed, by their names in the state dict.
 PARTS: dict[str, tuple[str, ...]] = {
     "enc_blocks": ("attn", "mlp"),
@@ -35,9 +35,10 @@ def _plain_mode(mode: Any) -> tuple[str, ...]:
 class Config:
     """Architecture. Names and defaults of the published constructor (512_dpt), then this project's additions.
 
-    img_size (H, W) in pixels matters only for pos_embed 'cosine', whose tables are fixed; 'RoPE<base>' takes
-    every size that the patch size divides. hooks index the decoder's list [encoder output, block 1, ...,
-    block n]. enc_head_dim, dec_head_dim: channels per head (default embed_dim / heads); enc_mlp_hidden,
+    patch_embed_cls 'ManyAR_PatchEmbed' goes with landscape_only: a batch mixes landscapes and portraits (see
+    ``DUSt3R.forward``). img_size (H, W) in pixels matters only for pos_embed 'cosine', whose tables are fixed;
+    'RoPE<base>' takes every size that the patch size divides. hooks index the decoder's list [encoder output, block 1,
+    ..., block n]. enc_head_dim, dec_head_dim: channels per head (default embed_dim / heads); enc_mlp_hidden,
     dec_mlp_hidden: feed-forward width (default 4 * embed_dim). shared_head: one head serves both views. layers: of a
     pruned model, heads of every attention and channels of every feed-forward part, one per layer and instead of the
     numbers for all layers, e.g. {"enc_blocks.attn": (5, 4), "dec_blocks2.mlp": (384, 512), ...} with every part of
@@ -90,6 +91,11 @@ class Config:
             for name, value in _FIXED.items()
             if getattr(self, name) != value
         ]
+        if _EMBEDDINGS.get(self.patch_embed_cls) is not self.landscape_only:
+            bad.append(
+                f"patch_embed_cls={self.patch_embed_cls!r} with landscape_only={self.landscape_only} is not supported, "
+                f"use one of {_EMBEDDINGS}"
+            )
         if self.head_type not in ("linear", "dpt"):
             bad.append(f"head_type={self.head_type!r} is not supported, use 'linear' or 'dpt'")
         if self.feature_dim % 2:

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from engines.errors import InputError
 from engines.policy import QuantPolicy
-from trainables import checkpoint, fast_linear, least_squares
+from trainables import fast_linear, least_squares
 from trainables.checkpoint import model_hash
 from trainables.config import DistillSettings, Dust3rPruneSettings, WorkloadSettings
 from trainables.domain import Batch, Outputs, Signal
-from trainables.dust3r import blocks, dpt, losses, metrics, narrow, pairs, rooms
+from trainables.dust3r import blocks, dpt, frames, losses, metrics, narrow, pairs, recordings, released, rooms, sources
 from trainables.dust3r import inherit as inheritance
 from trainables.dust3r import model as model_code
 from trainables.dust3r import prune as pruning
 from trainables.dust3r.config import Config
 from trainables.dust3r.model import DUSt3R, from_reference_config
+from trainables.dust3r.sources import source
 from trainables.schedules import Schedule
 
 SHIPPED = Path(__file__).parent / "weights" / "teacher_small.safetensors"
@@ -52,7 +53,8 @@ SENSITIVITY_PAIRS = 32
 TEACHER_BATCH = 64  # pairs at a time: more do not fit a core's cache
 STATES = ("enc1", "enc2", "dec1", "dec2")
 # What is cached depends on this code. Read at import: an edit during a sweep must not change its identities.
-_MODULES = (rooms, metrics, losses, blocks, dpt, model_code, inheritance, least_squares, narrow, pruning)
+_DATA = (rooms, frames, recordings, sources, pairs)
+_MODULES = (*_DATA, metrics, losses, blocks, dpt, model_code, inheritance, least_squares, narrow, pruning)
 _CODE = "".join(map(inspect.getsource, (*_MODULES, sys.modules[__name__])))
 
 
@@ -62,7 +64,7 @@ def _digest(*identity: object) -> str:
 
 
 class Dust3r:
-    """Procedural rooms, confidence-weighted pointmap regression, AbsRel after one median scale per pair."""
+    """Pairs of images, confidence-weighted pointmap regression, AbsRel after one median scale per pair."""
 
     shipped = SHIPPED
     group = 2  # both directions of a pair of images
@@ -75,6 +77,7 @@ class Dust3r:
         self._settings, self.seed = settings, seed
         self.primary = self.workload.primary
         self.lower_is_better = metrics.LOWER_IS_BETTER[self.primary]
+        self.source = source(self.workload, seed, self.distill.train_samples // self.group)
         self._fixed: dict[str, list[Batch]] = {}
 
     # ------------------------------------------------------------------ models
@@ -90,6 +93,11 @@ class Dust3r:
             raise InputError(
                 f"image_size={self.workload.image_size}: teacher {self.distill.teacher!r} takes "
                 f"{size[1]}x{size[0]} images; give a teacher of that size with --set teacher=PATH"
+            )
+        if any(side % model.config["patch_size"] for side in self.workload.height_width):
+            raise InputError(
+                f"image_size={self.workload.image_size}: teacher {self.distill.teacher!r} takes multiples of "
+                f"{model.config['patch_size']} pixels, its patch, both ways"
             )
         return model.eval().requires_grad_(False)
 
@@ -152,12 +160,12 @@ class Dust3r:
         return self.samples("train", torch.arange(count))["image"].float() / 127.5 - 1
 
     def load(self, path: Path) -> DUSt3R:
-        """A model from a .pth that slimsweep wrote or from .safetensors with its config in the header."""
-        config, weights = checkpoint.read_model(path)
+        """A model from a file that slimsweep wrote (.pth; .safetensors with its config) or a published checkpoint."""
+        config, weights = released.read(path)
         try:
-            with torch.random.fork_rng(devices=[]):  # reading a file must not move a training's random numbers
+            with torch.device("meta"):  # no time and no random numbers for weights that are replaced
                 model = from_reference_config(**config)
-            model.load_state_dict(weights)
+            model.load_state_dict(weights, assign=True)
         except (RuntimeError, TypeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: not a DUSt3R model of this architecture ({reason})") from None
@@ -176,19 +184,23 @@ class Dust3r:
 
     # ------------------------------------------------------------------ data
     def data_id(self) -> str:
-        """Hash of the code, the seed and the image size."""
-        return _digest("samples", self.seed, self.workload.image_size)
+        """Hash of the code, the seed, the image size and the training frames."""
+        return _digest("samples", self.seed, self.workload.image_size, self.source.identity("train"))
 
     def split_id(self, split: str) -> str:
-        """Hash of the code, the split and the protocol."""
+        """Hash of the code, the split, its frames and the protocol."""
         w = self.workload
         count = w.test_pairs if split == "test" else w.val_pairs
-        return _digest(split, count, w.workload_seed, w.image_size, self.primary)
+        return _digest(split, count, w.workload_seed, w.image_size, self.primary, self.source.identity(split))
+
+    def contents(self) -> dict[str, str]:
+        """The training frames of recordings; the workload lists the others."""
+        return {"data": self.source.identity("train")} if self.workload.data != "rooms" else {}
 
     def samples(self, split: str, indices: Tensor) -> Batch:
-        """Directed pairs: index 2 s and 2 s + 1 are scene s seen both ways.
+        """Directed pairs: index 2 s and 2 s + 1 are pair s seen both ways.
 
-        image (B, 2, 3, H, W) uint8; points (B, 2, H, W, 3) float16, metres in the first camera's frame.
+        image (B, 2, 3, H, W) uint8; points (B, 2, H, W, 3) float16, metres in the first camera's frame, NaN = unknown.
         """
         scenes, where = torch.unique(indices // 2, return_inverse=True)
         both = self.both_ways(self.scene_pairs(split, scenes))
@@ -196,11 +208,8 @@ class Dust3r:
         return {"image": both["image"][rows], "points": both["points"][rows].half()}
 
     def scene_pairs(self, split: str, scenes: Tensor) -> Batch:
-        """One pair of views per scene, points float32, and pose (B, 4, 4) of camera 2 in camera 1."""
-        seed = self.seed if split == "train" else self.workload.workload_seed
-        views = rooms.render(seed, split, scenes, 2, self.workload.height_width)
-        pose = torch.linalg.inv(views.pose[:, 0]) @ views.pose[:, 1]
-        return {"image": views.image, "points": views.points, "pose": pose}
+        """Pairs by index, see trainables/dust3r/sources.py."""
+        return self.source.pairs(split, scenes)
 
     def pretraining_samples(self, indices: Tensor) -> Batch:
         """Training scenes by index, for :meth:`pretraining_loss`."""
@@ -244,9 +253,9 @@ class Dust3r:
     def task_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Confidence-weighted regression of jointly normalised pointmaps (DUSt3R's ConfLoss over Regr3D)."""
         true1, true2 = batch["points"][:, 0].float(), batch["points"][:, 1].float()
-        valid = torch.ones(true1.shape[:3], dtype=torch.bool, device=true1.device)
+        known1, known2 = metrics.known(true1), metrics.known(true2)
         return losses.confidence_loss(
-            outputs["pts1"], outputs["conf1"], outputs["pts2"], outputs["conf2"], true1, true2, valid, valid
+            outputs["pts1"], outputs["conf1"], outputs["pts2"], outputs["conf2"], true1, true2, known1, known2
         )
 
     def pretraining_loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -293,16 +302,19 @@ class Dust3r:
     # ------------------------------------------------------------------ evaluation
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str, full: bool = False) -> dict[str, Tensor]:
-        """Every pair's metrics, (pairs,) each, on a fixed split; `full` adds chamfer, which is slow."""
+        """Every pair's metrics, (pairs,) each, on a fixed split; `full` adds clouds and poses, which are slow."""
         parts: list[dict[str, Tensor]] = []
         full = full or self.primary == "chamfer"
         predict = model.pointmaps if isinstance(model, DUSt3R) else model
         device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
         for pairs_ in self.fixed_pairs(split):
             batch = {name: value.to(device) for name, value in pairs_.items()}
-            pts1, _, pts2, _ = predict(*self.inputs(batch))
+            pts1, _, pts2, conf2 = predict(*self.inputs(batch))
             true = batch["points"]
-            parts.append(metrics.per_pair(pts1, pts2, true[:, 0], true[:, 1], chamfer=full))
+            found = metrics.per_pair(pts1, pts2, true[:, 0], true[:, 1], clouds=full)
+            if full:
+                found |= metrics.pose_errors(pts2, conf2, batch["intrinsics"][:, 1], batch["pose"])
+            parts.append(found)
         return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
     def fixed_pairs(self, split: str) -> list[Batch]:
@@ -313,27 +325,28 @@ class Dust3r:
         return self._fixed[split]
 
     def compare(self, own: dict[str, Tensor], split: str) -> dict[str, float]:
-        """AbsRel of predicting the validation split's mean depth map: what no model must do worse."""
+        """The metrics' intervals, and AbsRel of the validation split's mean depth map: what no model must do worse."""
         depths = {
             name: torch.cat([batch["points"][:, 0, ..., 2] for batch in self.fixed_pairs(name)])
             for name in ("val", split)
         }
-        guess, true = depths["val"].mean(0).flatten(), depths[split].flatten(1)
-        scaled = guess * (true.median(1).values / guess.median())[:, None]
-        return {"absrel_mean_depth_map": float(((scaled - true).abs() / true).mean())}
+        guess, true = depths["val"].nanmean(0).flatten(), depths[split].flatten(1)
+        scaled, _ = metrics.aligned(guess.nan_to_num(float(guess.nanmedian())).expand_as(true), true)
+        bound = float(((scaled - true).abs() / true).nanmean())
+        return {**metrics.intervals(own, self.workload.workload_seed), "absrel_mean_depth_map": bound}
 
     def pace(self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None = None) -> dict[str, float]:
         """Nothing beyond milliseconds per pair."""
         return {}
 
     def sampled(self) -> dict[str, Any]:
-        """The sampled edges of the test scenes' pair graphs."""
-        return {"pairs (scene, view, view)": [list(edge) for edge in pairs.sampled(self.workload)]}
+        """The sampled edges of the test scenes' pair graphs; of recordings also the frames behind every split."""
+        return self.source.sampled()
 
     def deployed(self, model: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, ...]], list[str], list[str]]:
         """Two images in, pointmaps and confidences out; the inputs are the workload's sampled pairs, batch 1."""
         assert isinstance(model, DUSt3R)
-        inputs = [self.inputs({"image": pair[None]}) for pair in pairs.images(self.workload)]
+        inputs = [self.inputs({"image": pair[None]}) for pair in self.source.images()]
         return Deployed(model).eval(), inputs, ["img1", "img2"], ["pts1", "conf1", "pts2", "conf2"]
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:

@@ -277,6 +277,47 @@ class DUSt3R(nn.Module):
         return self.features(img1, img2)[0]
 
     def forward(self, view1: dict[str, Any], view2: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Views with key 'img' -> {'pts3d', 'conf'} and {'pts3d_in_other_view', 'conf'}."""
-        pts1, conf1, pts2, conf2 = self.pointmaps(view1["img"], view2["img"])
+        """Views with key 'img' -> {'pts3d', 'conf'} and {'pts3d_in_other_view', 'conf'}.
+
+        With landscape_only every image is at least as wide as high; 'true_shape' (B, 2), the (H, W) of each image as
+        it was taken, says which of them are portraits with their axes swapped. Their maps come with swapped axes, too.
+        """
+        img1, img2 = view1["img"], view2["img"]
+        if self._config.landscape_only:
+            pts1, conf1, pts2, conf2 = self._mixed(img1, _portraits(view1), img2, _portraits(view2))
+        else:
+            pts1, conf1, pts2, conf2 = self.pointmaps(img1, img2)
         return {"pts3d": pts1, "conf": conf1}, {"pts3d_in_other_view": pts2, "conf": conf2}
+
+    def _mixed(self, img1: Tensor, portrait1: Tensor, img2: Tensor, portrait2: Tensor) -> Pointmaps:
+        """A batch of pairs, each view upright or on its side: one pass per combination that occurs."""
+        combination = 2 * portrait1.int() + portrait2.int()
+        maps: list[list[Tensor]] = []
+        rows: list[Tensor] = []
+        for kind in sorted(set(combination.tolist())):
+            own = (combination == kind).nonzero().flatten()
+            turned = (bool(kind & 2), bool(kind & 1))
+            found = self.pointmaps(*(_swapped(img[own], t, 2, 3) for img, t in zip((img1, img2), turned, strict=True)))
+            lying = [_swapped(part, turned[i // 2], 1, 2) for i, part in enumerate(found)]
+            rows.append(own)
+            maps.append(lying)
+        order = torch.cat(rows).argsort()
+        pts1, conf1, pts2, conf2 = (torch.cat(parts)[order] for parts in zip(*maps, strict=True))
+        return pts1, conf1, pts2, conf2
+
+
+def _swapped(x: Tensor, swap: bool, first: int, second: int) -> Tensor:
+    return x.transpose(first, second) if swap else x
+
+
+def _portraits(view: dict[str, Any]) -> Tensor:
+    """Which images of a landscape_only batch are portraits on their side, (B,) bool."""
+    img, true = view["img"], torch.as_tensor(view["true_shape"])
+    portrait = true[:, 0] > true[:, 1]
+    stored = torch.where(portrait[:, None], true.flip(1), true)
+    if (stored != torch.tensor(img.shape[-2:], device=true.device)).any():
+        raise InputError(
+            f"true_shape={true.tolist()}: with landscape_only an image of shape {tuple(img.shape[-2:])} stands for "
+            "that or, with its axes swapped, for a portrait"
+        )
+    return portrait

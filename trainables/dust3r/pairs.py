@@ -1,64 +1,100 @@
-"""The workload's pairs: a pair graph (K nearest views by covisibility) over test scenes and a sample of its edges."""
+"""Pair graphs: which images of a scene are paired. Edges (i, j) are indices of images, i the first view."""
 
 from __future__ import annotations
 
-import numpy as np
+import re
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from trainables.config import WorkloadSettings
-from trainables.dust3r import rooms
+from engines.errors import InputError
+
+Edges = list[tuple[int, int]]
+
+DISTINCT = (0.0, 1.0)
+_WINDOWED = re.compile(r"(swin|logwin)(?:-(\d+))?(-noncyclic)?")
+_REFERENCE = re.compile(r"oneref(?:-(\d+))?")
+_FILTER = re.compile(r"(seq|cyc)(\d+)")
+KINDS = "nearest, complete, swin[-K][-noncyclic], logwin[-K][-noncyclic] or oneref[-I]"
 
 
 def covisibility(points: Tensor, pose: Tensor, depth: Tensor, intrinsics: Tensor) -> Tensor:
-    """(V, V): share of view i's pixels that view j sees, by reprojecting depth.
+    """(V, V): share of view i's pixels with a depth that view j sees, by reprojecting depth.
 
     points: (V, H, W, 3) in one common frame; pose: (V, 4, 4) camera to that frame; depth: (V, H, W), z-depth in
-    metres; intrinsics: (3, 3). A pixel is seen where it falls into view j at no more than 1.05 x the depth there.
+    metres, 0 = unknown; intrinsics: (3, 3) or one per view, (V, 3, 3). A pixel is seen where it falls into view j at no
+    more than 1.05 x the depth there.
     """
     views, height, width, _ = points.shape
     share = torch.zeros(views, views)
-    flat = points.reshape(-1, 3)
-    for j in range(views):
+    flat, known = points.reshape(-1, 3), (depth > 0).view(views, -1)
+    cameras = intrinsics.expand(views, 3, 3)
+    for j, k in enumerate(cameras):
         local = (flat - pose[j, :3, 3]) @ pose[j, :3, :3]
         z = local[:, 2].clamp_min(1e-6)
-        u = (local[:, 0] / z * intrinsics[0, 0] + intrinsics[0, 2]).floor().long()
-        v = (local[:, 1] / z * intrinsics[1, 1] + intrinsics[1, 2]).floor().long()
+        u = (local[:, 0] / z * k[0, 0] + k[0, 2]).floor().long()
+        v = (local[:, 1] / z * k[1, 1] + k[1, 2]).floor().long()
         inside = (local[:, 2] > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
         there = depth[j][v.clamp(0, height - 1), u.clamp(0, width - 1)]
-        share[:, j] = (inside & (z <= 1.05 * there)).float().view(views, -1).mean(1)
+        seen = (inside & (z <= 1.05 * there)).view(views, -1) & known
+        share[:, j] = seen.sum(1) / known.sum(1).clamp_min(1)
     return share
 
 
-def nearest(share: Tensor, neighbours: int) -> list[tuple[int, int]]:
-    """Directed edges (i, j): every view with its `neighbours` most covisible others, symmetrised, sorted."""
+def nearest(share: Tensor, neighbours: int, overlap: tuple[float, float] = DISTINCT) -> Edges:
+    """Directed edges: every view with its `neighbours` most covisible others, symmetrised, sorted.
+
+    share: as :func:`covisibility` gives. Two views whose weaker direction lies outside of `overlap` are not paired.
+    """
     score = torch.minimum(share, share.T).fill_diagonal_(-1.0)
-    edges = {(i, int(j)) for i in range(len(share)) for j in score[i].topk(neighbours).indices}
+    fits = (score >= overlap[0]) & (score <= overlap[1])
+    score = torch.where(fits, score, -1.0)
+    most = min(neighbours, len(share) - 1)
+    edges = {(i, int(j)) for i in range(len(share)) for j in score[i].topk(most).indices if score[i, j] >= 0}
     return sorted(edges | {(j, i) for i, j in edges})
 
 
-def sampled(workload: WorkloadSettings) -> list[tuple[int, int, int]]:
-    """`sampled_pairs` edges (scene, i, j) drawn without replacement with `workload_seed` from the pair graphs.
+def graph(kind: str, count: int) -> Edges:
+    """Undirected edges of `count` images in the order of capture, each once; no image is paired with itself.
 
-    The scenes follow those of the test pairs, so that none serves twice; there are as many as give each at most
-    `views_per_scene` pairs.
+    complete: all, (i, j) with i > j. swin-K: each with the next K (3), around the end unless -noncyclic. logwin-K: each
+    with those 1, 2, 4, ..., 2^(K-1) away (K = 3), likewise. oneref-I: image I (0) with every other.
     """
-    count = -(-workload.sampled_pairs // workload.views_per_scene)
-    scenes = torch.arange(workload.test_pairs, workload.test_pairs + count)
-    views = rooms.render(workload.workload_seed, "test", scenes, workload.views_per_scene, workload.height_width)
-    to_first = torch.linalg.inv(views.pose[:, :1]) @ views.pose
-    edges: list[tuple[int, int, int]] = []
-    for row, scene in enumerate(scenes.tolist()):
-        share = covisibility(views.points[row], to_first[row], views.depth[row], views.intrinsics[row])
-        edges += [(scene, i, j) for i, j in nearest(share, workload.neighbours)]
-    chosen = np.random.default_rng(workload.workload_seed).permutation(len(edges))[: workload.sampled_pairs]
-    return [edges[k] for k in sorted(chosen)]
+    if kind == "complete":
+        return [(i, j) for i in range(count) for j in range(i)]
+    if found := _REFERENCE.fullmatch(kind):
+        reference = int(found[1] or 0)
+        if reference >= count:
+            raise InputError(f"pair_graph={kind}: there are {count} images, numbered from 0")
+        return [(reference, j) for j in range(count) if j != reference]
+    if not (found := _WINDOWED.fullmatch(kind)):
+        raise InputError(f"pair_graph={kind!r} is unknown, use {KINDS}")
+    size, cyclic = int(found[2] or 3), not found[3]
+    steps = range(1, size + 1) if found[1] == "swin" else [2**k for k in range(size)]
+    edges: dict[tuple[int, int], None] = {}
+    for i in range(count):
+        for step in steps:
+            j = (i + step) % count if cyclic else i + step
+            if j < count and j != i:
+                edges[min(i, j), max(i, j)] = None
+    return list(edges)
 
 
-def images(workload: WorkloadSettings) -> Tensor:
-    """The sampled pairs' images, (sampled_pairs, 2, 3, H, W) uint8."""
-    edges = sampled(workload)
-    scenes = torch.tensor(sorted({scene for scene, _, _ in edges}))
-    views = rooms.render(workload.workload_seed, "test", scenes, workload.views_per_scene, workload.height_width)
-    row = {int(scene): k for k, scene in enumerate(scenes)}
-    return torch.stack([views.image[row[scene], [i, j]] for scene, i, j in edges])
+def symmetrised(edges: Edges) -> Edges:
+    """The edges, then each the other way round."""
+    return [*edges, *((j, i) for i, j in edges)]
+
+
+def prefiltered(edges: Iterable[tuple[int, int]], rule: str, count: int) -> Edges:
+    """Edges of images at most N apart: 'seqN' in the order of capture, 'cycN' also around the end of `count` images."""
+    found = _FILTER.fullmatch(rule)
+    if not found:
+        raise InputError(f"pair filter {rule!r} is unknown, use seqN or cycN")
+    most = int(found[2])
+
+    def apart(i: int, j: int) -> int:
+        gap = abs(i - j)
+        return min(gap, count - gap) if found[1] == "cyc" else gap
+
+    return [(i, j) for i, j in edges if apart(i, j) <= most]

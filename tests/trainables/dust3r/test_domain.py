@@ -289,14 +289,16 @@ def test_adapters_fit_the_teachers_widths(domain):
 def test_evaluation_is_the_metrics_of_each_pair(domain, tiny):
     teacher = domain.teacher()
     found = domain.evaluate(teacher, "test", full=True)
-    assert {name: value.shape for name, value in found.items()} == dict.fromkeys(metrics.NAMES, (20,))
+    assert {name: value.shape for name, value in found.items()} == dict.fromkeys(
+        (*metrics.NAMES, *metrics.POSES), (20,)
+    )
     scenes = domain.scene_pairs("test", torch.tensor([13]))
     with torch.no_grad():
         out = domain.forward(teacher, scenes)
     alone = metrics.per_pair(out["pts1"], out["pts2"], scenes["points"][:, 0], scenes["points"][:, 1])
     for name, value in alone.items():
         assert torch.allclose(value[0], found[name][13], rtol=1e-3), name
-    assert domain.evaluate(teacher, "val").keys() == {"absrel", "rmse", "delta1"}
+    assert domain.evaluate(teacher, "val").keys() == {"absrel", "rmse", "delta1", "delta103"}
     assert "chamfer" in tiny.domain(primary="chamfer").evaluate(teacher, "val")
 
 
@@ -307,7 +309,7 @@ def test_deployed_model_is_the_model(domain):
     assert all(image.shape == (1, 3, 32, 32) and image.abs().max() <= 1 for image in inputs[0])
     with torch.no_grad():
         out = dict(zip(names_out, deployed(*inputs[4]), strict=True))
-        image = module.pairs.images(domain.workload)[4:5]
+        image = domain.source.images()[4:5]
         expected = domain.forward(teacher, {"image": image})
     assert all(torch.equal(out[name], expected[name]) for name in names_out)
     assert json.loads(json.dumps(domain.sampled())) == domain.sampled()

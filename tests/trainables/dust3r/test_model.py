@@ -45,13 +45,56 @@ def images(*sizes, batch=2):
 
 
 @pytest.mark.skipif(not (GOLDEN / "parity.py").exists(), reason="reference outputs are not beside this checkout")
-@pytest.mark.parametrize("name", ["linear", "dpt"])
+@pytest.mark.parametrize("name", ["linear", "dpt", pytest.param("release", marks=pytest.mark.slow)])
 def test_outputs_agree_with_reference(name):
     spec = importlib.util.spec_from_file_location("parity", GOLDEN / "parity.py")
     parity = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(parity)
     worst = parity.check(from_reference_config, [name], 2e-5)
     assert worst[name] <= 2e-5
+
+
+MANY = {"patch_embed_cls": "ManyAR_PatchEmbed", "landscape_only": True}
+
+
+@pytest.mark.parametrize("changes", [{}, DPT], ids=["linear", "dpt"])
+def test_a_mixed_batch_gives_each_pair_what_it_gets_alone(changes):
+    """Portraits lie on their side among landscapes; alone, a plain model takes each pair upright."""
+    plain, mixed = build(**changes), build(**changes, **MANY)
+    mixed.load_state_dict(plain.state_dict())
+    landscape, portrait = (32, 48), (48, 32)
+    shapes = [(landscape, portrait), (portrait, portrait), (portrait, landscape), (landscape, landscape)] * 2
+    upright = [images(*both, batch=1) for both in shapes]
+    lying = [[img if img.shape[-1] == 48 else img.mT for img in pair] for pair in upright]
+    view1, view2 = (
+        {"img": torch.cat([pair[v] for pair in lying]), "true_shape": torch.tensor([both[v] for both in shapes])}
+        for v in (0, 1)
+    )
+    with torch.no_grad():
+        first, second = mixed(view1, view2)
+        alone = [plain.pointmaps(*pair) for pair in upright]
+    assert first["pts3d"].shape == second["pts3d_in_other_view"].shape == (8, 32, 48, 3)
+    for row, (maps, both) in enumerate(zip(alone, shapes, strict=True)):
+        pts1, conf1, pts2, conf2 = maps
+        for view, points, conf in ((first, pts1, conf1), (second, pts2, conf2)):
+            side = both[view is second] == portrait
+            found = view["pts3d" if view is first else "pts3d_in_other_view"][row], view["conf"][row]
+            for a, b in zip(found, (points[0], conf[0]), strict=True):
+                torch.testing.assert_close(a, b.transpose(0, 1) if side else b, rtol=1e-5, atol=1e-5)
+    # Read as landscapes the portraits would give other points: the test can fail.
+    flat = {**view1, "true_shape": torch.tensor([landscape] * 8)}
+    with torch.no_grad():
+        assert not torch.allclose(mixed(flat, view2)[0]["pts3d"][1], first["pts3d"][1], rtol=1e-3)
+
+
+def test_shapes_that_do_not_fit_a_mixed_batch_are_refused():
+    model = build(**MANY)
+    img = images((32, 48))[0]
+    good = {"img": img, "true_shape": torch.tensor([[32, 48], [48, 32]])}
+    model(good, good)
+    for shape, picture in (([[32, 48], [48, 48]], img), ([[48, 32], [48, 32]], img.mT)):
+        with pytest.raises(InputError, match="true_shape"):
+            model({"img": picture, "true_shape": torch.tensor(shape)}, good)
 
 
 @pytest.mark.parametrize("changes", [{}, DPT, {**DPT, "patch_size": 16}], ids=["linear", "dpt8", "dpt16"])
@@ -210,6 +253,7 @@ def test_a_model_first_run_in_inference_mode_can_still_be_trained():
         ({"head_type": "conv"}, "head_type='conv'"),
         ({"depth_mode": ("linear", 0, 1)}, "depth_mode"),
         ({"landscape_only": True, "head_type": "conv"}, "landscape_only=True.*head_type"),
+        ({"patch_embed_cls": "ManyAR_PatchEmbed"}, "patch_embed_cls='ManyAR_PatchEmbed' with landscape_only=False"),
         ({"enc_num_heads": 5}, "enc_embed_dim=32.*enc_num_heads=5"),
         ({"enc_head_dim": 6}, "6 must be a multiple of 4"),
         ({"dec_mlp_hidden": 0}, "dec_mlp_hidden=0"),
