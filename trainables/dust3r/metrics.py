@@ -142,7 +142,7 @@ def _first_fit(world: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
     rotation = _turned(few, rays / rays[..., 2:].clamp_min(1e-3), even)
     for _ in range(POSE_STEPS // 2):
         rotation, shift, _ = _iterate(few, rays, even, rotation)
-    fits = rotation.unflatten(0, (batch, POSE_DRAWS)), shift.unflatten(0, (batch, POSE_DRAWS))
+    fits = rotation.view(batch, POSE_DRAWS, 3, 3), shift.view(batch, POSE_DRAWS, 3)
     local = torch.einsum("bdij,bnj->bdni", fits[0], world) + fits[1][:, :, None]
     cosine = (local * ray[:, None]).sum(-1) / local.norm(dim=-1).clamp_min(1e-9)
     best = torch.arange(batch), cosine.median(2).values.argmax(1)
@@ -164,7 +164,8 @@ def _iterate(world: Tensor, ray: Tensor, weight: Tensor, rotation: Tensor) -> tu
 def _weights(local: Tensor, off: Tensor) -> Tensor:
     """What makes of weighted squares of `off` the sum of sines: 1 / (sine x distance^2), for sines from 1e-3 on."""
     distance = local.norm(dim=-1).clamp_min(1e-3)
-    return 1 / ((off.norm(dim=-1) / distance).clamp_min(1e-3) * distance.square())
+    weights: Tensor = 1 / ((off.norm(dim=-1) / distance).clamp_min(1e-3) * distance.square())
+    return weights
 
 
 def _off(local: Tensor, ray: Tensor) -> Tensor:
@@ -179,7 +180,8 @@ def _turned(source: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     u, _, vt = torch.linalg.svd((share * target).mT @ source)
     flip = torch.ones_like(u[:, 0])
     flip[:, 2] = torch.linalg.det(u @ vt)
-    return u * flip[:, None] @ vt
+    rotation: Tensor = u * flip[:, None] @ vt
+    return rotation
 
 
 def intervals(values: dict[str, Tensor], seed: int, level: float = 0.95) -> dict[str, float]:
