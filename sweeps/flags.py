@@ -12,7 +12,9 @@ from sweeps.settings import PROFILES, parse_set
 
 @dataclass(frozen=True)
 class Flags:
-    """What was asked for. storage: an absolute folder. samples: searched trials (0 for the grid)."""
+    """What was asked for. storage: an absolute folder. samples: searched trials (0 for the grid). audit: share of
+    stopped trials that run on, 0 to 1.
+    """
 
     address: str | None
     profile: str
@@ -25,6 +27,7 @@ class Flags:
     dry_run: bool
     seed: int
     seeds: int | None
+    audit: float
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,6 +61,13 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
     add("--dry-run", action="store_true", help="print trials, files and estimated cost, and start nothing")
     add("--seed", type=int, default=42, help="seed of the trials (default: %(default)s)")
     add("--seeds", type=int, metavar="N", help="run every trial with N seeds from --seed on (default: the script's)")
+    add(
+        "--audit",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="let this share of the trials that stop-loss would end run on, to count its false stops (default: 0)",
+    )
     given = parser.parse_args(argv)
     for flag in ("storage", "tracking_uri", "address"):
         if getattr(given, flag) == "":
@@ -66,6 +76,8 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         raise InputError(f"--seed {given.seed}: expected 0 or more")
     if given.seeds is not None and given.seeds < 1:
         raise InputError(f"--seeds {given.seeds}: expected 1 or more")
+    if not 0 <= given.audit <= 1:
+        raise InputError(f"--audit {given.audit:g}: expected a share from 0 to 1, for example 0.2")
     return Flags(
         address=given.address,
         profile=given.profile,
@@ -78,6 +90,7 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         dry_run=given.dry_run,
         seed=given.seed,
         seeds=given.seeds,
+        audit=given.audit,
     )
 
 

@@ -36,11 +36,13 @@ EVENTS: dict[str, frozenset[str]] = {
     "resume": frozenset({"command"}),
     "trial": frozenset({"trial_id", "exp_id", "task_id", "role", "params", "saves"}),
     "result": frozenset({"trial_id", "epoch", "metrics"}),
+    "audit": frozenset({"trial_id", "epoch", "reason", "detail"}),  # a stop that was due, and not obeyed
     "stop": frozenset({"trial_id", "epoch", "reason", "detail"}),
     "failed": frozenset({"trial_id", "error"}),
     "record": frozenset({"trial_id", "record"}),
     "file": frozenset({"path", "trial_id"}),
     "choice": frozenset({"exp_id", "why"}),
+    "summary": frozenset({"metrics"}),  # numbers of the whole sweep
     "end": frozenset({"status"}),
 }
 
@@ -279,7 +281,8 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
 @dataclass
 class TrialState:
     """What the journal says of one trial. `number`: its place in the plan, from 0. `results`: (epoch from 1,
-    metrics), epochs strictly increasing.
+    metrics), epochs strictly increasing. `stop`: epoch, reason and detail of its end; `audit`: of the stop that was due
+    when the trial ran on all the same.
     """
 
     trial_id: str
@@ -290,6 +293,7 @@ class TrialState:
     saves: str | None
     number: int = 0
     results: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    audit: tuple[int, str, str] | None = None
     stop: tuple[int, str, str] | None = None
     error: str | None = None
     record: dict[str, Any] | None = None
@@ -320,6 +324,7 @@ class SweepState:
     trials: dict[str, TrialState] = field(default_factory=dict)
     files: list[tuple[str, str | None]] = field(default_factory=list)
     chosen: str | None = None
+    summary: dict[str, float] = field(default_factory=dict)
     ended: str | None = None
 
     @classmethod
@@ -339,6 +344,8 @@ class SweepState:
             self.ended = None
         elif kind == "choice":
             self.chosen = event["exp_id"]
+        elif kind == "summary":
+            self.summary |= event["metrics"]
         elif kind == "end":
             self.ended = event["status"]
         elif kind == "trial":
@@ -364,6 +371,8 @@ class SweepState:
             if event["epoch"] <= trial.epoch:
                 return False
             trial.results.append((event["epoch"], event["metrics"]))
+        elif kind == "audit":
+            trial.audit = (event["epoch"], event["reason"], event["detail"])
         elif kind == "stop":
             trial.stop = (event["epoch"], event["reason"], event["detail"])
         # A trial that failed may be trained again by --resume: then its error, and the record of what it had been

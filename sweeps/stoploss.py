@@ -78,16 +78,16 @@ def decide(history: History, peers: Sequence[History], rule: StopLossRule) -> De
     evals = len(history)
     if evals == 0:
         return Decision(False, None, "no evaluation yet")
-    if not _finite(history[-1]):
+    if not is_finite(history[-1]):
         return Decision(True, "diverged", f"the drop is {history[-1]} at evaluation {evals}")
-    best = _best(history)
+    best = best_drop(history)
     standing = f"best drop {_percent(best)} against budget {_percent(rule.budget)}"
     if evals < rule.grace or rule.max_evals <= rule.grace:
         return Decision(False, None, f"{standing}: in grace at evaluation {evals}")
     if evals >= rule.max_evals:
         return Decision(False, None, f"{standing}: last evaluation {evals}")
 
-    since = evals - 1 - [v if _finite(v) else math.inf for v in history].index(best)
+    since = evals - 1 - [v if is_finite(v) else math.inf for v in history].index(best)
     stale = f"no better drop than {_percent(best)} for {since} evaluations"
     if best <= rule.budget:  # it has passed: only its own plateau ends it
         if since >= rule.patience:
@@ -121,7 +121,7 @@ def _behind(best: float, evals: int, peers: Sequence[History], rule: StopLossRul
     if sum(len(peer) >= rung for peer in peers) < rule.min_peers:
         return None
     # A diverged peer is the worst of any rung, even of one that it did not live to see.
-    reached = [math.inf if _diverged(peer) else _best(peer[:rung])
+    reached = [math.inf if _diverged(peer) else best_drop(peer[:rung])
                for peer in peers if len(peer) >= rung or _diverged(peer)]  # fmt: skip
     # The same count that ASHA promotes, at least one; whoever equals the last of them is kept as well.
     kept = max(1, (len(reached) + 1) // rule.eta)
@@ -145,15 +145,15 @@ def _improving(history: History, rule: StopLossRule) -> bool:
     return slope < -error
 
 
-def _finite(value: float | None) -> bool:
+def is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
 def _diverged(history: History) -> bool:
-    return len(history) > 0 and not _finite(history[-1])
+    return len(history) > 0 and not is_finite(history[-1])
 
 
-def _best(history: History) -> float:
+def best_drop(history: History) -> float:
     return min((v for v in history if v is not None and math.isfinite(v)), default=math.inf)
 
 
