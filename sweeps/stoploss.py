@@ -18,10 +18,10 @@ from sweeps.forecast import forecast
 
 History = Sequence[float | None]
 
-# A stop may be wrong with at most this probability for a whole run saved, in proportion for a part of one.
-RISK = 0.02
-FLAT_RISK = 0.03  # the same for a plateau: the flat trend is a second witness
-RANK_RISK = 0.06  # and for asha. Its ranks alone would end a third of the trials that would meet the gate
+# A stop may be wrong with at most this probability for a whole run saved; for a part of one, times its square root.
+RISK = 0.015
+FLAT_RISK = 0.02  # the same for a plateau: the flat trend is a second witness
+RANK_RISK = 0.03  # and for asha: a weak witness, as slow starters begin in the last ranks and pass
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,18 @@ def decide(history: History, peers: Sequence[History], rule: StopLossRule) -> De
         return Decision(False, None, f"{standing}: met, still improving")
 
     ahead = forecast(history, rule.max_evals)
-    saved = 1 - evals / rule.max_evals
-    chance, bound = ahead.chance(rule.budget), ahead.quantile(RISK * saved)
+    worth = math.sqrt(1 - evals / rule.max_evals)
+    chance, bound = ahead.chance(rule.budget), ahead.quantile(RISK * worth)
     told = (
         f"forecast {_percent(ahead.median)} [optimistic {_percent(bound)}] "
         f"at {rule.max_evals} evaluations, budget {_percent(rule.budget)}"
     )
     if bound > rule.budget:
         return Decision(True, "stop_loss", f"{told}: out of reach after {evals}")
-    if since >= rule.patience and chance < FLAT_RISK * saved and not _improving(history, rule):
+    if since >= rule.patience and chance < FLAT_RISK * worth and not _improving(history, rule):
         return Decision(True, "plateau", f"{stale} and no trend; {told}")
     behind = _behind(best, evals, peers, rule)
-    if behind is not None and chance < RANK_RISK * saved:
+    if behind is not None and chance < RANK_RISK * worth:
         return Decision(True, "asha", f"{behind}; {told}")
     return Decision(False, None, f"{told}: chance {_percent(chance)}")
 

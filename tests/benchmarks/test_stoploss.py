@@ -1,4 +1,4 @@
-"""The replay behind benchmarks/stoploss.py: its clock and counts by hand, every rule on hard curves, the recorded file."""
+"""The replay behind benchmarks/stoploss.py: clock and counts by hand, every rule on hard curves, the recorded file."""
 
 import math
 import sys

@@ -141,7 +141,7 @@ def test_a_rung_with_one_member_judges_nobody(tmp_path: Path) -> None:
 
 def test_full_rungs_of_an_earlier_driver_count(tmp_path: Path) -> None:
     # Among the peers are one that diverged and one that was stopped: neither runs again, both are members.
-    rule = StopLossRule(budget=0.01, max_evals=30)
+    rule = StopLossRule(budget=0.01, max_evals=15)
     good = {"p1": [0.2, 0.06, 0.03], "p2": [0.2, 0.07, 0.04], "p3": [0.2, 0.05, 0.02]}
     peers = {**good, "gone": [0.9, 0.9, math.nan]}
     late = {"late": {"curve": [0.5, 0.5, 0.5, 0.5]}}
