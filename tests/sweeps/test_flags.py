@@ -71,5 +71,6 @@ def test_help_shows_the_scripts_examples(capsys: pytest.CaptureFixture[str]) -> 
         "resume",
         "dry-run",
         "seed",
+        "audit",
     ]:
         assert f"--{flag}" in out
