@@ -13,8 +13,9 @@ from sweeps.settings import PROFILES, parse_set
 
 @dataclass(frozen=True)
 class Flags:
-    """What was asked for. storage: an absolute folder. samples: searched trials (0 for the grid). campaign: the
-    campaign that the sweep belongs to. share: part of the cluster's slots that the sweep uses.
+    """What was asked for. storage: an absolute folder. samples: searched trials (0 for the grid). audit: share of
+    stopped trials that run on, 0 to 1. campaign: the campaign that the sweep belongs to. share: part of the cluster's
+    slots that the sweep uses.
     """
 
     address: str | None
@@ -30,6 +31,7 @@ class Flags:
     seeds: int | None
     campaign: str | None
     share: float
+    audit: float
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,12 +85,21 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
     add("--seeds", type=int, metavar="N", help="run every trial with N seeds from --seed on (default: the script's)")
     add("--campaign", metavar="NAME", help="the campaign that this belongs to: its folder, and a tag in MLflow")
     add("--share", type=float, default=1.0, metavar="X", help="use this part of the cluster, 0 to 1 (default: all)")
+    add(
+        "--audit",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="let this share of the trials that stop-loss would end run on, to count its false stops (default: 0)",
+    )
     given = parser.parse_args(argv)
     check(given)
     if not 0 < given.share <= 1:
         raise InputError(f"--share {given.share}: expected a part of the cluster, above 0 and at most 1")
     if given.seeds is not None and given.seeds < 1:
         raise InputError(f"--seeds {given.seeds}: expected 1 or more")
+    if not 0 <= given.audit <= 1:
+        raise InputError(f"--audit {given.audit:g}: expected a share from 0 to 1, for example 0.2")
     return Flags(
         address=given.address,
         profile=given.profile,
@@ -103,6 +114,7 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         seeds=given.seeds,
         campaign=given.campaign,
         share=given.share,
+        audit=given.audit,
     )
 
 

@@ -37,11 +37,13 @@ EVENTS: dict[str, frozenset[str]] = {
     "resume": frozenset({"command"}),
     "trial": frozenset({"trial_id", "exp_id", "task_id", "role", "params", "saves"}),
     "result": frozenset({"trial_id", "epoch", "metrics"}),
+    "audit": frozenset({"trial_id", "epoch", "reason", "detail"}),  # a stop that was due, and not obeyed
     "stop": frozenset({"trial_id", "epoch", "reason", "detail"}),
     "failed": frozenset({"trial_id", "error"}),
     "record": frozenset({"trial_id", "record"}),
     "file": frozenset({"path", "trial_id"}),
     "choice": frozenset({"exp_id", "why"}),
+    "summary": frozenset({"metrics"}),  # numbers of the whole sweep
     "end": frozenset({"status"}),
     # of a campaign
     "campaign": frozenset({"name", "plan", "profile", "seed", "overrides"}),
@@ -285,7 +287,8 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
 @dataclass
 class TrialState:
     """What the journal says of one trial. `number`: its place in the plan, from 0. `results`: (epoch from 1,
-    metrics), epochs strictly increasing.
+    metrics), epochs strictly increasing. `stop`: epoch, reason and detail of its end; `audit`: of the stop that was due
+    when the trial ran on all the same.
     """
 
     trial_id: str
@@ -296,6 +299,7 @@ class TrialState:
     saves: str | None
     number: int = 0
     results: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    audit: tuple[int, str, str] | None = None
     stop: tuple[int, str, str] | None = None
     error: str | None = None
     record: dict[str, Any] | None = None
@@ -326,6 +330,7 @@ class SweepState:
     trials: dict[str, TrialState] = field(default_factory=dict)
     files: list[tuple[str, str | None]] = field(default_factory=list)
     chosen: str | None = None
+    summary: dict[str, float] = field(default_factory=dict)
     ended: str | None = None
 
     @classmethod
@@ -345,6 +350,8 @@ class SweepState:
             self.ended = None
         elif kind == "choice":
             self.chosen = event["exp_id"]
+        elif kind == "summary":
+            self.summary |= event["metrics"]
         elif kind == "end":
             self.ended = event["status"]
         elif kind == "trial":
@@ -370,6 +377,8 @@ class SweepState:
             if event["epoch"] <= trial.epoch:
                 return False
             trial.results.append((event["epoch"], event["metrics"]))
+        elif kind == "audit":
+            trial.audit = (event["epoch"], event["reason"], event["detail"])
         elif kind == "stop":
             trial.stop = (event["epoch"], event["reason"], event["detail"])
         # A trial that failed may be trained again by --resume: then its error, and the record of what it had been

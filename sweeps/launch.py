@@ -24,7 +24,7 @@ import psutil
 from rich.console import Console
 
 from engines.errors import InputError
-from sweeps import ablation, deliver, dry, flags
+from sweeps import ablation, audit, deliver, dry, flags
 from sweeps import cluster as ray_cluster
 from sweeps.ledger import Ledger, inspect
 from sweeps.lineage import best_of
@@ -152,6 +152,8 @@ def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
     config |= {f"trial {p.exp_id}": dict(p.params) for p in planned if p.role == "trial"}
     if len(seeds) > 1:
         config["seeds"] = len(seeds)
+    if given.audit:
+        config["audit"] = given.audit
     config |= {f"{key}_content": content for key, content in resolved.contents.items()}
     name = f"{stem}_{given.profile}_seed{given.seed}{search}"
     return Order(sweep, given, resolved, planner, planned, name, config, command)
@@ -220,18 +222,21 @@ def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Cl
             for batch in _batches(order, ledger, cluster.slots):
                 clock.mark("set-up")
                 with progress.phase("training"):
-                    train(sweep, ledger, batch, values, cluster, progress, cache)
+                    train(sweep, ledger, batch, values, cluster, progress, cache, order.given.audit)
                 clock.mark("training")
                 measure(bench, batch, progress)
                 clock.mark("measuring")
             compile_best(bench, deliver.choose(ledger).trial, progress)
             with progress.phase("reporting"):
                 choice = deliver.write_files(sweep, ledger, order.resolved)
+                audited = audit.false_stops(ledger.state.trials.values(), rule_of(sweep, values).budget)
+                if audited:
+                    ledger.append("summary", metrics=audited.metrics)
                 pictures = _pictures(order, ledger, tracker)
                 ledger.append("end", status="finished")
                 missing = None if tracker.flush(FLUSH_S) else tracker.problem or "MLflow is busy"
     clock.mark("reporting")
-    _closing(order, ledger, console, choice, pictures, missing)
+    _closing(order, ledger, console, choice, audited, pictures, missing)
     deliver.show_times(console, clock.seconds)
     return _outcome(order, ledger)
 
@@ -288,6 +293,7 @@ def _closing(
     ledger: Ledger,
     console: Console,
     choice: deliver.Choice,
+    audited: audit.FalseStops | None,
     pictures: list[Path],
     missing: str | None,
 ) -> None:
@@ -297,6 +303,8 @@ def _closing(
         say(f"Best trial: {choice.why}.", soft_wrap=True)
     for line in ablation.sentences(ablation.found(order.sweep, ledger)):
         say(line, soft_wrap=True)
+    if audited:
+        say(audited.sentence, soft_wrap=True)
     hint = _hint(order, ledger)
     if hint:
         say(hint, soft_wrap=True)

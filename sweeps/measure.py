@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engines.errors import InputError
+from sweeps import audit
 from sweeps.cluster import Cluster
 from sweeps.hours import trained
 from sweeps.journal import TrialState
@@ -23,7 +24,7 @@ from sweeps.plan import Planned
 from sweeps.progress import Progress
 from sweeps.settings import Resolved
 from sweeps.spec import Measures, Sweep
-from sweeps.training import one_line
+from sweeps.training import one_line, rule_of
 from trainables.gates import Gate, judge_all
 from trainables.record import Record, finite, now
 
@@ -172,7 +173,12 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
     }
     if trial.role == "trial":
         # A trial that was stopped is judged by the last third of what it ran.
-        extra = {"cpu_hours": None if bench.cluster.gpus else hours, **_late_rise(state, state.epoch), **extra}
+        extra = {
+            "cpu_hours": None if bench.cluster.gpus else hours,
+            **_late_rise(state, state.epoch),
+            **audit.fields(state, rule_of(bench.sweep, bench.resolved.values).budget),
+            **extra,
+        }
     if found.get("_errors"):
         extra["unmeasured"] = ", ".join(found["_errors"])
     row = {**values, **extra}

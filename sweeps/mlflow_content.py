@@ -85,11 +85,13 @@ def _is_table(value: Any) -> bool:
 
 
 def points(event: Mapping[str, Any], ms: int) -> list[Point]:
-    """The metrics of one event: a result's curves at its epoch, a record's measured numbers at step 0."""
+    """The metrics of one event: a result's curves at its epoch; a record's or the sweep's own numbers at step 0."""
     if event["event"] == "result":
         numbers, step = event["metrics"], event["epoch"]
     elif event["event"] == "record":
         numbers, step = {key: value for key, value in event["record"].items() if key not in INPUTS}, 0
+    elif event["event"] == "summary":
+        numbers, step = event["metrics"], 0
     else:
         return []
     return [

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from sweeps.stoploss import StopLossRule, decide
+from sweeps.stoploss import StopLossRule, best_drop, decide, is_finite
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -16,9 +17,25 @@ if TYPE_CHECKING:
 
 OnResult = Callable[[str, int, dict[str, float]], None]
 OnStop = Callable[[str, int, str, str], None]
+Stop = tuple[int, str, str]  # epoch, reason, detail
 
 _RAYS_OWN = {"epoch", "pid", "timestamp", "training_iteration", "iterations_since_restore",
              "time_this_iter_s", "time_total_s", "time_since_restore"}  # fmt: skip
+
+
+@dataclass
+class Audit:
+    """Which trials run on although they are to stop (see `sweeps.audit`).
+
+    Attributes:
+        is_chosen: whether a trial, by its id, runs on when stop-loss would end it.
+        on_audit: called once per audited trial, at its stop that was due, with trial id, epoch, reason and detail.
+        due: those stops by trial id, of an earlier driver too.
+    """
+
+    is_chosen: Callable[[str], bool]
+    on_audit: OnStop
+    due: dict[str, Stop] = field(default_factory=dict)
 
 
 class StopLossScheduler(FIFOScheduler):
@@ -40,6 +57,7 @@ class StopLossScheduler(FIFOScheduler):
         on_result: OnResult,
         on_stop: OnStop,
         histories: Mapping[str, Sequence[float | None]] | None = None,
+        audit: Audit | None = None,
     ) -> None:
         """
         Args:
@@ -49,24 +67,33 @@ class StopLossScheduler(FIFOScheduler):
                 detail; the reason is one of `decide`'s, or "completed".
             histories: drops of epochs that an earlier driver has seen, by trial id. Unfinished trials go on
                 from theirs; finished and stopped trials count as peers.
+            audit: which trials run on although they are to stop; by default none.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.rule = rule
         self.histories: dict[str, list[float | None]] = {key: list(d) for key, d in (histories or {}).items()}
         self.reasons: dict[str, str] = {}
         self._on_result, self._on_stop = on_result, on_stop
+        self.audit = audit or Audit(lambda _: False, lambda *_: None)
 
     def judge(self, trial_id: str) -> tuple[str, str] | None:
         """Reason and detail when the trial is to stop as its history stands, else None.
 
-        A launcher asks this before it resumes a trial, as the driver may have died between a result and its
-        stop.
+        A stop that is audited is told to the audit, and is the trial's reason once it has run on to its end. A
+        launcher asks this before it resumes a trial, as the driver may have died between a result and its stop.
         """
         history = self.histories.get(trial_id, [])
+        ended = len(history) >= self.rule.max_evals or (len(history) > 0 and not is_finite(history[-1]))
+        if trial_id in self.audit.due:
+            return self._audited(trial_id) if ended else None
         # Sorted, so that a replay with other arrival times asks the very same question.
-        peers = [drops for key, drops in sorted(self.histories.items()) if key != trial_id]
+        peers = [self._before_audit(key) for key in sorted(self.histories) if key != trial_id]
         decision = decide(history, peers, self.rule)
         if decision.stop and decision.reason is not None:
+            if not ended and best_drop(history) > self.rule.budget and self.audit.is_chosen(trial_id):
+                self.audit.due[trial_id] = stop = (len(history), decision.reason, decision.detail)
+                self.audit.on_audit(trial_id, *stop)
+                return None
             return decision.reason, decision.detail
         if len(history) >= self.rule.max_evals:
             return "completed", decision.detail
@@ -93,10 +120,25 @@ class StopLossScheduler(FIFOScheduler):
             return
         if "epoch" in result:
             self._record(trial_id, int(result["epoch"]), result)
-        self._stop(trial_id, *(self.judge(trial_id) or ("completed", "the trainable ended by itself")))
+        found = self.judge(trial_id)
+        if found is None and trial_id in self.audit.due:
+            found = self._audited(trial_id)
+        self._stop(trial_id, *(found or ("completed", "the trainable ended by itself")))
 
     def debug_string(self) -> str:
         return f"Stop-loss at budget {self.rule.budget:g}: {len(self.reasons)} trials ended"
+
+    def _before_audit(self, trial_id: str) -> Sequence[float | None]:
+        """The history as it would be without an audit."""
+        due = self.audit.due.get(trial_id)
+        return self.histories[trial_id][: due[0] if due else None]
+
+    def _audited(self, trial_id: str) -> tuple[str, str]:
+        """Reason and detail of an audited trial at its end."""
+        epoch, reason, detail = self.audit.due[trial_id]
+        history = self.histories[trial_id]
+        met = "met" if best_drop(history) <= self.rule.budget else "not met"
+        return reason, f"{detail}; audited, it ran on from evaluation {epoch} to {len(history)}: budget {met}"
 
     def _record(self, trial_id: str, epoch: int, result: dict[str, Any]) -> None:
         history = self.histories.setdefault(trial_id, [])

@@ -18,10 +18,10 @@ from sweeps.forecast import forecast
 
 History = Sequence[float | None]
 
-# A stop may be wrong with at most this probability for a whole run saved, in proportion for a part of one.
-RISK = 0.02
-FLAT_RISK = 0.03  # the same for a plateau: the flat trend is a second witness
-RANK_RISK = 0.06  # and for asha. Its ranks alone would end a third of the trials that would meet the gate
+# A stop may be wrong with at most this probability for a whole run saved; for a part of one, times its square root.
+RISK = 0.015
+FLAT_RISK = 0.02  # the same for a plateau: the flat trend is a second witness
+RANK_RISK = 0.03  # and for asha: a weak witness, as slow starters begin in the last ranks and pass
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,16 @@ def decide(history: History, peers: Sequence[History], rule: StopLossRule) -> De
     evals = len(history)
     if evals == 0:
         return Decision(False, None, "no evaluation yet")
-    if not _finite(history[-1]):
+    if not is_finite(history[-1]):
         return Decision(True, "diverged", f"the drop is {history[-1]} at evaluation {evals}")
-    best = _best(history)
+    best = best_drop(history)
     standing = f"best drop {_percent(best)} against budget {_percent(rule.budget)}"
     if evals < rule.grace or rule.max_evals <= rule.grace:
         return Decision(False, None, f"{standing}: in grace at evaluation {evals}")
     if evals >= rule.max_evals:
         return Decision(False, None, f"{standing}: last evaluation {evals}")
 
-    since = evals - 1 - [v if _finite(v) else math.inf for v in history].index(best)
+    since = evals - 1 - [v if is_finite(v) else math.inf for v in history].index(best)
     stale = f"no better drop than {_percent(best)} for {since} evaluations"
     if best <= rule.budget:  # it has passed: only its own plateau ends it
         if since >= rule.patience:
@@ -95,18 +95,18 @@ def decide(history: History, peers: Sequence[History], rule: StopLossRule) -> De
         return Decision(False, None, f"{standing}: met, still improving")
 
     ahead = forecast(history, rule.max_evals)
-    saved = 1 - evals / rule.max_evals
-    chance, bound = ahead.chance(rule.budget), ahead.quantile(RISK * saved)
+    worth = math.sqrt(1 - evals / rule.max_evals)
+    chance, bound = ahead.chance(rule.budget), ahead.quantile(RISK * worth)
     told = (
         f"forecast {_percent(ahead.median)} [optimistic {_percent(bound)}] "
         f"at {rule.max_evals} evaluations, budget {_percent(rule.budget)}"
     )
     if bound > rule.budget:
         return Decision(True, "stop_loss", f"{told}: out of reach after {evals}")
-    if since >= rule.patience and chance < FLAT_RISK * saved and not _improving(history, rule):
+    if since >= rule.patience and chance < FLAT_RISK * worth and not _improving(history, rule):
         return Decision(True, "plateau", f"{stale} and no trend; {told}")
     behind = _behind(best, evals, peers, rule)
-    if behind is not None and chance < RANK_RISK * saved:
+    if behind is not None and chance < RANK_RISK * worth:
         return Decision(True, "asha", f"{behind}; {told}")
     return Decision(False, None, f"{told}: chance {_percent(chance)}")
 
@@ -121,7 +121,7 @@ def _behind(best: float, evals: int, peers: Sequence[History], rule: StopLossRul
     if sum(len(peer) >= rung for peer in peers) < rule.min_peers:
         return None
     # A diverged peer is the worst of any rung, even of one that it did not live to see.
-    reached = [math.inf if _diverged(peer) else _best(peer[:rung])
+    reached = [math.inf if _diverged(peer) else best_drop(peer[:rung])
                for peer in peers if len(peer) >= rung or _diverged(peer)]  # fmt: skip
     # The same count that ASHA promotes, at least one; whoever equals the last of them is kept as well.
     kept = max(1, (len(reached) + 1) // rule.eta)
@@ -145,15 +145,15 @@ def _improving(history: History, rule: StopLossRule) -> bool:
     return slope < -error
 
 
-def _finite(value: float | None) -> bool:
+def is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
 def _diverged(history: History) -> bool:
-    return len(history) > 0 and not _finite(history[-1])
+    return len(history) > 0 and not is_finite(history[-1])
 
 
-def _best(history: History) -> float:
+def best_drop(history: History) -> float:
     return min((v for v in history if v is not None and math.isfinite(v)), default=math.inf)
 
 

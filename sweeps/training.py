@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from ray import tune
 from ray.tune import Callback
 from ray.tune.search import Searcher
 
+from sweeps.audit import is_chosen
 from sweeps.cluster import Cluster
 from sweeps.ledger import Ledger
 from sweeps.plan import Planned
 from sweeps.progress import Progress
-from sweeps.scheduler import StopLossScheduler
+from sweeps.scheduler import Audit, StopLossScheduler
 from sweeps.spec import Sweep
 from sweeps.stoploss import StopLossRule
 
@@ -49,8 +51,12 @@ def train(
     cluster: Cluster,
     progress: Progress,
     cache_dir: Path,
+    audit: float = 0.0,
 ) -> None:
-    """Train what is unfinished. A trial that raises is retried, then recorded as failed; the others go on."""
+    """Train what is unfinished. A trial that raises is retried, then recorded as failed; the others go on.
+
+    audit: share of the trials that stop-loss would end that run on all the same.
+    """
 
     broken: list[OSError] = []  # Ray would take an exception of a scheduler for one of the trial
 
@@ -68,9 +74,13 @@ def train(
         journal("stop", trial_id=trial_id, epoch=epoch, reason=reason, detail=detail)
         progress.stopped(ledger.trial(trial_id))
 
+    def on_audit(trial_id: str, epoch: int, reason: str, detail: str) -> None:
+        journal("audit", trial_id=trial_id, epoch=epoch, reason=reason, detail=detail)
+
     histories = {key: trial.drops for key, trial in ledger.state.trials.items() if trial.results}
     rule = rule_of(sweep, values)
-    scheduler = _Timed(rule, on_result, on_stop, histories)
+    audits = {key: trial.audit for key, trial in ledger.state.trials.items() if trial.audit}
+    scheduler = _Timed(rule, on_result, on_stop, histories, Audit(partial(is_chosen, share=audit), on_audit, audits))
     waiting = []
     for trial in unfinished(ledger, planned):
         # The driver may have died between the last result and its stop.

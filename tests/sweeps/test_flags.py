@@ -12,7 +12,7 @@ def test_defaults() -> None:
     given = parse(DOC, [])
     assert (given.profile, given.search, given.samples, given.seed) == ("small", "grid", 0, 42)
     assert given.storage == Path.cwd() / "runs" and given.address is None and given.tracking_uri is None
-    assert not given.resume and not given.dry_run and given.overrides == {}
+    assert not given.resume and not given.dry_run and given.overrides == {} and given.audit == 0
 
 
 def test_everything_given() -> None:
@@ -34,6 +34,9 @@ def test_everything_given() -> None:
         (["--search", "random"], "random"),
         (["--profile", "huge"], "huge"),
         (["--seed", "-1"], "--seed -1"),
+        (["--audit", "20"], "--audit 20: expected a share from 0 to 1"),
+        (["--audit", "nan"], "--audit nan"),
+        (["--audit", "-0.1"], "--audit -0.1"),
         (["--set", "epochs"], "--set epochs: expected key=value"),
         (["--set", "epochs=3", "--set", "epochs=4"], "given twice"),
         (["--set", "beta={step: [1"], "not YAML"),
@@ -68,5 +71,6 @@ def test_help_shows_the_scripts_examples(capsys: pytest.CaptureFixture[str]) -> 
         "resume",
         "dry-run",
         "seed",
+        "audit",
     ]:
         assert f"--{flag}" in out

@@ -12,7 +12,7 @@ import pytest
 from ray import tune
 
 from sweeps.cluster import connect
-from sweeps.scheduler import StopLossScheduler
+from sweeps.scheduler import Audit, StopLossScheduler
 from sweeps.stoploss import StopLossRule
 
 
@@ -57,13 +57,20 @@ def cluster() -> Iterator[None]:
 class Sweep:
     """What a sweep left behind: the calls in their order, and the scheduler."""
 
-    def __init__(self, tmp_path: Path, rule: StopLossRule, histories: dict[str, list[float]] | None = None):
+    def __init__(
+        self,
+        tmp_path: Path,
+        rule: StopLossRule,
+        histories: dict[str, list[float]] | None = None,
+        audited: tuple[str, ...] = (),
+    ):
         self.tmp_path, self.calls = tmp_path, list[tuple[Any, ...]]()
         self.scheduler = StopLossScheduler(
             rule,
             lambda key, epoch, metrics: self.calls.append(("result", key, epoch, metrics)),
             lambda key, epoch, reason, detail: self.calls.append(("stop", key, epoch, reason, detail)),
             histories,
+            Audit(audited.__contains__, lambda *stop: self.calls.append(("audit", *stop))),
         )
 
     def run(self, trials: dict[str, dict[str, Any]], reuse: bool = True, concurrent: int = 1) -> Sweep:
@@ -134,7 +141,7 @@ def test_a_rung_with_one_member_judges_nobody(tmp_path: Path) -> None:
 
 def test_full_rungs_of_an_earlier_driver_count(tmp_path: Path) -> None:
     # Among the peers are one that diverged and one that was stopped: neither runs again, both are members.
-    rule = StopLossRule(budget=0.01, max_evals=30)
+    rule = StopLossRule(budget=0.01, max_evals=15)
     good = {"p1": [0.2, 0.06, 0.03], "p2": [0.2, 0.07, 0.04], "p3": [0.2, 0.05, 0.02]}
     peers = {**good, "gone": [0.9, 0.9, math.nan]}
     late = {"late": {"curve": [0.5, 0.5, 0.5, 0.5]}}
@@ -181,3 +188,44 @@ def test_a_stop_that_a_killed_driver_did_not_write_is_found_before_the_trial_run
     found = {key: (scheduler.judge(key) or ("", ""))[0] for key in histories}
     assert found == {"due": "completed", "nan": "diverged", "open": "", "new": ""}
     assert scheduler.judge("never seen") is None
+
+
+def test_an_audited_trial_runs_on_to_its_end_and_keeps_the_reason_of_its_stop(tmp_path: Path) -> None:
+    rule = StopLossRule(budget=0.01, max_evals=8)
+    curves = {
+        "missed": [0.5] * 8,
+        "met": [0.5, 0.5, 0.5, 0.5, 0.5, 0.4, 0.2, 0.005],
+        "gone": [0.5, 0.5, 0.5, 0.5, 0.5, math.nan],
+        "nan": [0.5, math.nan],
+        "passed": [0.02, 0.005, 0.006, 0.007, 0.006],
+        "unchosen": [0.5] * 8,
+    }
+    chosen = tuple(key for key in curves if key != "unchosen")
+    sweep = Sweep(tmp_path, rule, audited=chosen).run({key: {"curve": curve} for key, curve in curves.items()})
+    due = {call[1]: (call[3], call[2]) for call in sweep.calls if call[0] == "audit"}
+    plain = sweep.reason("unchosen")
+    assert plain[0] == "stop_loss" and plain[1] < 8
+    assert due == {"missed": plain, "met": plain, "gone": plain}  # divergence and a gate that is met are no question
+    ends = {key: sweep.reason(key) for key in due}
+    assert ends == {"missed": ("stop_loss", 8), "met": ("stop_loss", 8), "gone": ("stop_loss", 6)}
+    assert sweep.reason("nan") == ("diverged", 2) and sweep.reason("passed") == ("plateau", 5)
+    details = {call[1]: call[4] for call in sweep.calls if call[0] == "stop"}
+    assert details["met"].endswith(f"ran on from evaluation {plain[1]} to 8: budget met")
+    assert details["missed"].endswith("budget not met")
+
+
+def test_an_audit_changes_no_other_trials_stop_and_survives_a_new_driver() -> None:
+    rule = StopLossRule(budget=0.01, max_evals=30)
+    stopped = {key: [0.2, drop, drop / 2] for key, drop in (("p1", 0.06), ("p2", 0.07), ("p3", 0.05), ("p4", 0.08))}
+    late = [0.5, 0.4, 0.39, 0.38, 0.38, 0.37, 0.37, 0.37, 0.37]
+    ran_on = {key: [*curve, *[0.02] * 6] for key, curve in stopped.items()}
+    due = {key: (3, "stop_loss", "") for key in stopped}
+
+    def told(peers: dict[str, list[float]], audit: Audit | None) -> object:
+        histories = {**peers, "late": late}
+        return StopLossScheduler(rule, lambda *_: None, lambda *_: None, histories, audit).judge("late")
+
+    audit = Audit(lambda key: key != "late", lambda *_: None, due)
+    assert told(ran_on, audit) == told(stopped, None)
+    again = StopLossScheduler(rule, lambda *_: None, lambda *_: None, {"p1": ran_on["p1"]}, audit)
+    assert again.judge("p1") is None and again.audit.due["p1"] == (3, "stop_loss", "")

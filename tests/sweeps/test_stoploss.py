@@ -60,14 +60,15 @@ def test_slow_steady_improvement_within_the_noise_is_no_plateau() -> None:
 
 
 def test_a_rung_needs_peers_and_keeps_ties() -> None:
-    flat, good = [0.5, 0.5, 0.5], [0.3, 0.1, 0.05]
-    assert reason(flat) is None  # the forecast alone still waits
-    assert reason(flat, [good] * 3) is None
-    assert reason(flat, [good] * 4) == "asha"
-    assert reason(flat, [flat] * 9) is None
-    assert reason(flat, [good[:2]] * 9) is None  # they have not reached the rung
-    assert reason(flat, [[0.9, 0.9, math.nan]] * 9) is None  # diverged peers are the worst
-    assert reason([*flat, 0.5], [[*good, 0.04]] * 4) != "asha"  # no rung at evaluation 4
+    flat, good, rule = [0.5, 0.5, 0.5], [0.3, 0.1, 0.05], StopLossRule(budget=0.01, max_evals=15)
+    assert reason(flat, rule=rule) is None  # the forecast alone still waits
+    assert reason(flat, [good] * 3, rule) is None
+    assert reason(flat, [good] * 4, rule) == "asha"
+    assert reason(flat, [flat] * 9, rule) is None
+    assert reason(flat, [good[:2]] * 9, rule) is None  # they have not reached the rung
+    assert reason(flat, [[0.9, 0.9, math.nan]] * 9, rule) is None  # diverged peers are the worst
+    assert reason([*flat, 0.5], [[*good, 0.04]] * 4, rule) != "asha"  # no rung at evaluation 4
+    assert reason(flat, [good] * 4) is None  # over 30 evaluations a slow starter may yet come
 
 
 def test_a_promising_trial_is_not_stopped_by_its_rank() -> None:
