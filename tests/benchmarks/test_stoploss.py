@@ -10,7 +10,7 @@ import pytest
 from engines.errors import InputError
 from sweeps.journal import Journal
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import stoploss as bench
 import stoploss_rules as rules
 
