@@ -13,7 +13,8 @@ BETTER = 0.25  # of 20 trials the usual tenth would be two
 
 @dataclass(frozen=True)
 class Importance:
-    """How much of what separates the better quarter of trials from all lies in one parameter, by PED-ANOVA (Watanabe 2023).
+    """How much of what separates the better quarter of trials from all of them lies in one parameter, by PED-ANOVA
+    (Watanabe 2023).
 
     value: a share, all parameters sum to 1. chance: what the most important parameter of 95 % of shuffles of the
     objective stays below, in the same unit, so that of all parameters together chance shows one in 5 % of searches.
