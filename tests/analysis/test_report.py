@@ -37,7 +37,7 @@ def folder(empty_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_says_everything_and_fetches_nothing(folder: Path) -> None:
-    text = (folder / "report.html").read_text(encoding="utf-8")
+    text = (folder / "report.html").read_text(encoding="utf-8").replace("<wbr>", "")
     heads = re.findall(r"<h2[^>]*>(.*?)</h2>", text)
     planes = [f"Quality against latency: dust3r, workload {name}" for name in ("3fa9c02b77e1", "ffff00001111")]
     assert heads == ["Verdicts", *planes, "Learning curves", "Ledger", "Environment"]
