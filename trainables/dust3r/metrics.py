@@ -129,8 +129,7 @@ def resected(points: Tensor, confidence: Tensor, intrinsics: Tensor) -> tuple[Te
     rotation, weight = _first_fit(world, ray)
     for _ in range(POSE_STEPS):
         rotation, shift, weight = _iterate(world, ray, trust * weight, rotation)
-    centre = -(rotation.mT @ shift[..., None])[..., 0]
-    return rotation, centre
+    return rotation, -(rotation.mT @ shift[..., None])[..., 0] * scale[:, 0]
 
 
 def _first_fit(world: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,15 +137,15 @@ def _first_fit(world: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
     batch, count = world.shape[:2]
     draws = torch.rand(POSE_DRAWS, count, generator=torch.Generator().manual_seed(0)).topk(POSE_SAMPLE).indices
     few, rays = (x[:, draws.to(x.device)].flatten(0, 1) for x in (world, ray))  # (B * draws, sample, 3)
-    even = few.new_ones(few.shape[:2])
+    even = few.new_full(few.shape[:2], 1 / POSE_SAMPLE)
     rotation = _turned(few, rays / rays[..., 2:].clamp_min(1e-3), even)
     for _ in range(POSE_STEPS // 2):
         rotation, shift, _ = _iterate(few, rays, even, rotation)
-    fits = rotation.view(batch, POSE_DRAWS, 3, 3), shift.view(batch, POSE_DRAWS, 3)
-    local = torch.einsum("bdij,bnj->bdni", fits[0], world) + fits[1][:, :, None]
+    rotation, shift = rotation.view(batch, POSE_DRAWS, 3, 3), shift.view(batch, POSE_DRAWS, 1, 3)
+    local = torch.einsum("bdij,bnj->bdni", rotation, world) + shift
     cosine = (local * ray[:, None]).sum(-1) / local.norm(dim=-1).clamp_min(1e-9)
-    best = torch.arange(batch), cosine.median(2).values.argmax(1)
-    return fits[0][best], _weights(local[best], _off(local[best], ray))
+    best = torch.arange(batch, device=world.device), cosine.median(2).values.argmax(1)
+    return rotation[best], _weights(local[best], _off(local[best], ray))
 
 
 def _iterate(world: Tensor, ray: Tensor, weight: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +163,8 @@ def _iterate(world: Tensor, ray: Tensor, weight: Tensor, rotation: Tensor) -> tu
 def _weights(local: Tensor, off: Tensor) -> Tensor:
     """What makes of weighted squares of `off` the sum of sines: 1 / (sine x distance^2), for sines from 1e-3 on."""
     distance = local.norm(dim=-1).clamp_min(1e-3)
-    weights: Tensor = 1 / ((off.norm(dim=-1) / distance).clamp_min(1e-3) * distance.square())
+    sine = (off.norm(dim=-1) / distance).clamp_min(1e-3)
+    weights: Tensor = 1 / (sine * distance.square())
     return weights
 
 

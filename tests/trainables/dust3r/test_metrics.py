@@ -200,8 +200,7 @@ def test_the_pose_is_that_of_a_slow_least_squares_fit():
             return np.linalg.norm(np.cross(local, ray), axis=1) / np.linalg.norm(local, axis=1)
 
         true = poses[b].double().numpy()
-        scale = np.linalg.norm(world, axis=1).mean()
-        ours = np.concatenate([Rotation.from_matrix(rotation[b].numpy()).as_rotvec(), centre[b].numpy() * scale])
+        ours = np.concatenate([Rotation.from_matrix(rotation[b].numpy()).as_rotvec(), centre[b].numpy()])
         # From two starts, the true rotation and ours: neither may be far below what the fast one reached.
         starts = [np.concatenate([Rotation.from_matrix(true[:3, :3].T).as_rotvec(), ours[3:]]), ours]
         best = min(np.abs(sines(least_squares(sines, x, loss="soft_l1", f_scale=1e-3).x)).sum() for x in starts)
