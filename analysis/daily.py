@@ -71,9 +71,9 @@ def compute(tracking_uri: str, day: Date) -> Sheet:
                 "(python sweeps/k_grid.py --profile demo)"
             )
         for parent in parents:
-            runs = store.children(parent.run_id)
+            runs = list(store.children([parent.run_id], whole=True))
             points: dict[str, list[tuple[str, int, float]]] = {run.run_id: [] for run in runs}
-            for run_id, key, _, time, value in store.metrics(parent.run_id, _ACTIVITY):
+            for run_id, key, _, time, value in store.metrics([parent.run_id], _ACTIVITY):
                 points[run_id].append((key, time, value))
             records = {run.run_id: _record(run) for run in runs}
             gpu = any(record.get("gpu_hours") is not None for record in records.values())

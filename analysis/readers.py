@@ -50,8 +50,8 @@ class Store(Protocol):
         """Parent runs (tag role=sweep), newest first."""
         ...
 
-    def children(self, parents: Sequence[str]) -> Iterator[Run]:
-        """Trial runs of parents, in any order. Of a run with a record perhaps nothing else than ``OWN_TAGS``."""
+    def children(self, parents: Sequence[str], whole: bool = False) -> Iterator[Run]:
+        """Trial runs of parents, in any order. Unless whole, of one with a record perhaps nothing but ``OWN_TAGS``."""
         ...
 
     def params(self, parents: Sequence[str]) -> Iterator[tuple[str, str, str]]:
@@ -107,7 +107,7 @@ class SqlStore:
         ]
         return sorted(self._whole(runs), key=lambda run: -run.start_ms)
 
-    def children(self, parents: Sequence[str]) -> Iterator[Run]:
+    def children(self, parents: Sequence[str], whole: bool = False) -> Iterator[Run]:
         picked = ", ".join(f"t{i}.value" for i in range(len(OWN_TAGS)))
         joined = "".join(
             f" left join tags t{i} on t{i}.run_uuid = r.run_uuid and t{i}.key = '{key}'"
@@ -123,7 +123,7 @@ class SqlStore:
             for run, name, status, start, parent, *texts in rows:
                 tags = {key: text for key, text in zip(OWN_TAGS, texts, strict=True) if text is not None}
                 found = Run(run, name or "", status, start or 0, tags, {}, parent)
-                if "record" in tags:
+                if "record" in tags and not whole:
                     yield found
                 else:
                     bare.append(found)
@@ -252,7 +252,7 @@ class ClientStore:
     def sweeps(self) -> list[Run]:
         return sorted(self._search("tags.role = 'sweep'"), key=lambda run: -run.start_ms)
 
-    def children(self, parents: Sequence[str]) -> Iterator[Run]:
+    def children(self, parents: Sequence[str], whole: bool = False) -> Iterator[Run]:
         for parent in parents:
             yield from self._search(f"tags.`{PARENT_TAG}` = '{parent}'")
 

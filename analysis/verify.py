@@ -182,10 +182,10 @@ def _same_as_mlflow(store: Store, manifest: Manifest, records: Mapping[str, Reco
         )
     seen = set()
     for parent in parents:
-        runs = {run.run_id: run for run in store.children(parent.run_id) if "record" in run.tags}
+        runs = {run.run_id: run for run in store.children([parent.run_id], whole=True) if "record" in run.tags}
         keys = sorted({key for run_id in runs if run_id in records for key, _ in _measured(records[run_id])})
         logged: dict[tuple[str, str], tuple[int, float]] = {}
-        for run_id, key, step, time, value in store.metrics(parent.run_id, keys):
+        for run_id, key, step, time, value in store.metrics([parent.run_id], keys):
             if step == 0 and time >= logged.get((run_id, key), (0, 0.0))[0]:
                 logged[run_id, key] = (time, value)
         for run_id, run in runs.items():

@@ -1,7 +1,7 @@
 """Reading many runs to a Pareto front beside ``mlflow.search_runs``; CPU time and memory of a process of its own each.
 
     python benchmarks/analysis_scale.py                       # 10,000 runs of 30 metrics in sqlite
-    python benchmarks/analysis_scale.py --runs 100000         # search_runs only up to --compare-up-to runs (default: 10,000)
+    python benchmarks/analysis_scale.py --runs 100000         # search_runs only up to --compare-up-to (default: 10,000)
     python benchmarks/analysis_scale.py --postgresql URI      # an empty database that may be filled
 
 The store is made by MLflow and filled with rows by SQL: sweeps of 100 trials under one campaign, each with a record, 30

@@ -91,7 +91,10 @@ def run_ids(plan: Plan) -> RunIds:
             if parent.tags.get("campaign") == plan.name:
                 sweep_id = parent.tags.get("sweep_id", "")
                 found[sweep_id, None] = parent.run_id
-                found |= {(sweep_id, run.tags.get("trial_id")): run.run_id for run in store.children(parent.run_id)}
+                found |= {
+                    (sweep_id, run.tags.get("trial_id")): run.run_id
+                    for run in store.children([parent.run_id], whole=True)
+                }
     return found
 
 
