@@ -21,7 +21,20 @@ from trainables import fast_linear, least_squares
 from trainables.checkpoint import model_hash
 from trainables.config import DistillSettings, Dust3rPruneSettings, WorkloadSettings
 from trainables.domain import Batch, Outputs, Signal
-from trainables.dust3r import blocks, dpt, frames, losses, metrics, narrow, pairs, recordings, released, rooms, sources
+from trainables.dust3r import (
+    blocks,
+    dpt,
+    frames,
+    geometry,
+    losses,
+    metrics,
+    narrow,
+    pairs,
+    recordings,
+    released,
+    rooms,
+    sources,
+)
 from trainables.dust3r import inherit as inheritance
 from trainables.dust3r import model as model_code
 from trainables.dust3r import prune as pruning
@@ -54,7 +67,7 @@ TEACHER_BATCH = 64  # pairs at a time: more do not fit a core's cache
 STATES = ("enc1", "enc2", "dec1", "dec2")
 # What is cached depends on this code. Read at import: an edit during a sweep must not change its identities.
 _DATA = (rooms, frames, recordings, sources, pairs)
-_MODULES = (*_DATA, metrics, losses, blocks, dpt, model_code, inheritance, least_squares, narrow, pruning)
+_MODULES = (*_DATA, geometry, metrics, losses, blocks, dpt, model_code, inheritance, least_squares, narrow, pruning)
 _CODE = "".join(map(inspect.getsource, (*_MODULES, sys.modules[__name__])))
 
 

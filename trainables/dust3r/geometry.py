@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-POSE_STEPS = 60
-POSE_PIXELS = 2000  # of a pointmap that a pose is found from
+POSE_POINTS = 512
+POSE_STEPS = 30
+POSE_DRAWS, POSE_SAMPLE = 24, 8
+FARTHEST = 1e3  # of a point from the first camera, in median distances
 FOCAL_STEPS = 10
 FOCALS = (0.4, 0.55, 0.75, 1.0, 1.35, 1.8, 2.4, 3.2)  # times the longer side, tried where nothing is known
 
@@ -63,38 +65,21 @@ def focal_of(points: Tensor, weight: Tensor) -> Tensor:
 
 
 def pose_of(points: Tensor, weight: Tensor, focal: Tensor) -> tuple[Tensor, Tensor]:
-    """The pose (4, 4) of the camera that sees `points` (H, W, 3), given in a frame not far turned from the camera's,
-    each at its own pixel, and the weighted mean distance of pixels from projections, in pixels; weight (H, W).
-
-    Orthogonal iteration on object space errors (Lu, Hager, Mjolsness, PAMI 2000), also right for planes, with weights
-    that let go of outliers (a median instead of a mean).
+    """The pose (4, 4) of the camera that sees `points` (H, W, 3) at its pixels, and the weighted mean distance of
+    pixels from projections, in pixels; weight (H, W). See :func:`resected`.
     """
-    every = max(1, round((weight.numel() / POSE_PIXELS) ** 0.5))
-    look, flat, own = (
-        part[every // 2 :: every, every // 2 :: every].flatten(0, 1).double()
-        for part in (rays((points.shape[0], points.shape[1]), focal), points, weight)
-    )
-    use = (own > 0) & flat.isfinite().all(1)
-    look, flat, own = look[use], flat[use], own[use] / own[use].sum()
-    along = look / look.norm(dim=1, keepdim=True)
-    eye = torch.eye(3, dtype=torch.float64, device=points.device)
-    off = eye - along[:, :, None] * along[:, None]  # what of a vector is not along the ray
-    rotation, shift, near, far = eye, torch.zeros_like(flat[0]), own, flat.norm(dim=1).median()
-    for _ in range(POSE_STEPS):
-        turned = flat @ rotation.T
-        system = (near[:, None, None] * off).sum(0)
-        shift = -torch.linalg.solve(system, (near[:, None] * (off @ turned[:, :, None])[..., 0]).sum(0))
-        seen = turned + shift
-        miss = (off @ seen[:, :, None])[..., 0]
-        _, rotation, _ = similarity(flat, seen - miss, near)
-        distance = miss.norm(dim=1) / seen[:, 2].abs().clamp_min(1e-3 * far)
-        near = own / distance.clamp_min(1e-3)
-        near = near / near.sum()
-    seen = flat @ rotation.T + shift
-    error = (seen[:, :2] / seen[:, 2:].clamp_min(1e-3 * far) - look[:, :2]).norm(dim=1) * focal
-    pose = torch.eye(4, dtype=torch.float64, device=points.device)
-    pose[:3, :3], pose[:3, 3] = rotation.T, -rotation.T @ shift
-    return pose.to(points), (own * error).sum().to(points)
+    height, width = points.shape[:2]
+    half = points.new_tensor([width / 2, height / 2])
+    camera = torch.eye(3).to(points)
+    camera[0, 0] = camera[1, 1] = focal
+    camera[:2, 2] = half
+    rotation, centre = resected(points[None], weight.exp()[None], camera[None])
+    seen = (points - centre[0]) @ rotation[0].T
+    ahead = seen[..., 2:].clamp_min(1e-3 * seen[..., 2].abs().median())
+    miss = (seen[..., :2] / ahead - rays((height, width), focal)[..., :2]).norm(dim=-1) * focal
+    pose = torch.eye(4).to(points)
+    pose[:3, :3], pose[:3, 3] = rotation[0].T, centre[0]
+    return pose, (weight * miss).sum() / weight.sum()
 
 
 def pose_and_focal(points: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,3 +91,76 @@ def pose_and_focal(points: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         tried = [best / spread, best, best * spread]
     focal = min(tried, key=lambda one: float(pose_of(points, weight, one)[1]))
     return pose_of(points, weight, focal)[0], focal
+
+
+def resected(points: Tensor, confidence: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
+    """The camera that sees points (B, H, W, 3) at its pixels: rotation of the world into it, and its centre.
+
+    Orthogonal iteration (Lu, Hager and Mjolsness, PAMI 2000) on POSE_POINTS evenly strided pixels, weighted by the
+    logarithm of the confidence and reweighted towards the least sum of angles, from the best of several fits to a few
+    points each, as outliers spoil some of those only.
+    """
+    height, width = points.shape[1:3]
+    step = height * width // POSE_POINTS | 1
+    v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    pixel = torch.stack([u, v, torch.ones_like(u)], -1).flatten(0, 1)[::step].to(points.device)
+    ray = torch.nn.functional.normalize(pixel @ torch.linalg.inv(intrinsics).mT, dim=-1)
+    world, trust = points.flatten(1, 2)[:, ::step], confidence.flatten(1)[:, ::step].log().clamp_min(1e-3)
+    scale = world.norm(dim=-1).median(1).values.clamp_min(1e-9)[:, None, None]
+    world = (world / scale).clamp(-FARTHEST, FARTHEST)  # of a model gone astray, squares would not be finite
+    rotation, weight = _first_fit(world, ray)
+    for _ in range(POSE_STEPS):
+        rotation, shift, weight = _iterate(world, ray, trust * weight, rotation)
+    return rotation, -(rotation.mT @ shift[..., None])[..., 0] * scale[:, 0]
+
+
+def _first_fit(world: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
+    """Of POSE_DRAWS fits to POSE_SAMPLE points the one with the least median angle: rotation, every point's weight."""
+    batch, count = world.shape[:2]
+    draws = torch.rand(POSE_DRAWS, count, generator=torch.Generator().manual_seed(0)).topk(POSE_SAMPLE).indices
+    few, rays = (x[:, draws.to(x.device)].flatten(0, 1) for x in (world, ray))  # (B * draws, sample, 3)
+    even = few.new_full(few.shape[:2], 1 / POSE_SAMPLE)
+    rotation = _turned(few, rays / rays[..., 2:].clamp_min(1e-3), even)
+    for _ in range(POSE_STEPS // 2):
+        rotation, shift, _ = _iterate(few, rays, even, rotation)
+    rotation, shift = rotation.view(batch, POSE_DRAWS, 3, 3), shift.view(batch, POSE_DRAWS, 1, 3)
+    local = torch.einsum("bdij,bnj->bdni", rotation, world) + shift
+    cosine = (local * ray[:, None]).sum(-1) / local.norm(dim=-1).clamp_min(1e-9)
+    best = torch.arange(batch, device=world.device), cosine.median(2).values.argmax(1)
+    return rotation[best], _weights(local[best], _off(local[best], ray))
+
+
+def _iterate(world: Tensor, ray: Tensor, weight: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One orthogonal iteration: the better rotation, the shift that goes with the given one, and new weights."""
+    weight = weight / weight.sum(1, keepdim=True)
+    turned = world @ rotation.mT
+    # The part off the line of sight: I - r r^T, in sums over the points.
+    system = torch.eye(3, device=ray.device) - (weight[..., None] * ray).mT @ ray
+    shift = -torch.linalg.solve(system, (weight[..., None] * _off(turned, ray)).sum(1))
+    local = turned + shift[:, None]
+    off = _off(local, ray)
+    return _turned(world, local - off, weight), shift, _weights(local, off)
+
+
+def _weights(local: Tensor, off: Tensor) -> Tensor:
+    """What makes of weighted squares of `off` the sum of sines: 1 / (sine x distance^2), for sines from 1e-3 on."""
+    distance = local.norm(dim=-1).clamp_min(1e-3)
+    sine = (off.norm(dim=-1) / distance).clamp_min(1e-3)
+    weights: Tensor = 1 / (sine * distance.square())
+    return weights
+
+
+def _off(local: Tensor, ray: Tensor) -> Tensor:
+    off: Tensor = local - ray * (ray * local).sum(-1, keepdim=True)
+    return off
+
+
+def _turned(source: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The rotation (B, 3, 3) that takes weighted points (B, N, 3) nearest to others, each about its own mean."""
+    share = weight[..., None]
+    source, target = (x - (share * x).sum(1, keepdim=True) for x in (source, target))
+    u, _, vt = torch.linalg.svd((share * target).mT @ source)
+    flip = torch.ones_like(u[:, 0])
+    flip[:, 2] = torch.linalg.det(u @ vt)
+    rotation: Tensor = u * flip[:, None] @ vt
+    return rotation

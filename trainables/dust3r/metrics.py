@@ -11,13 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainables.dust3r.geometry import resected
 from trainables.gates import tail_of
 
 CLOUD_POINTS = 1024
-POSE_POINTS = 512
-POSE_STEPS = 30
-POSE_DRAWS, POSE_SAMPLE = 24, 8
-FARTHEST = 1e3  # of a point from the first camera, in median distances
 RESAMPLES = 2000
 NAMES = ("absrel", "rmse", "delta1", "delta103", "chamfer", "accuracy", "completeness")
 POSES = ("rotation_deg", "translation_deg", "rra15", "rta15", "maa30")
@@ -109,79 +106,6 @@ def pose_errors(points2: Tensor, confidence2: Tensor, intrinsics2: Tensor, pose:
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:
     return torch.atan2(torch.linalg.cross(a, b).norm(dim=-1), (a * b).sum(-1))
-
-
-def resected(points: Tensor, confidence: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor]:
-    """The camera that sees points (B, H, W, 3) at its pixels: rotation of the world into it, and its centre.
-
-    Orthogonal iteration (Lu, Hager and Mjolsness, PAMI 2000) on POSE_POINTS evenly strided pixels, weighted by the
-    logarithm of the confidence and reweighted towards the least sum of angles, from the best of several fits to a few
-    points each, as outliers spoil some of those only.
-    """
-    height, width = points.shape[1:3]
-    step = height * width // POSE_POINTS | 1
-    v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    pixel = torch.stack([u, v, torch.ones_like(u)], -1).flatten(0, 1)[::step].to(points.device)
-    ray = torch.nn.functional.normalize(pixel @ torch.linalg.inv(intrinsics).mT, dim=-1)
-    world, trust = points.flatten(1, 2)[:, ::step], confidence.flatten(1)[:, ::step].log().clamp_min(1e-3)
-    scale = world.norm(dim=-1).median(1).values.clamp_min(1e-9)[:, None, None]
-    world = (world / scale).clamp(-FARTHEST, FARTHEST)  # of a model gone astray, squares would not be finite
-    rotation, weight = _first_fit(world, ray)
-    for _ in range(POSE_STEPS):
-        rotation, shift, weight = _iterate(world, ray, trust * weight, rotation)
-    return rotation, -(rotation.mT @ shift[..., None])[..., 0] * scale[:, 0]
-
-
-def _first_fit(world: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
-    """Of POSE_DRAWS fits to POSE_SAMPLE points the one with the least median angle: rotation, every point's weight."""
-    batch, count = world.shape[:2]
-    draws = torch.rand(POSE_DRAWS, count, generator=torch.Generator().manual_seed(0)).topk(POSE_SAMPLE).indices
-    few, rays = (x[:, draws.to(x.device)].flatten(0, 1) for x in (world, ray))  # (B * draws, sample, 3)
-    even = few.new_full(few.shape[:2], 1 / POSE_SAMPLE)
-    rotation = _turned(few, rays / rays[..., 2:].clamp_min(1e-3), even)
-    for _ in range(POSE_STEPS // 2):
-        rotation, shift, _ = _iterate(few, rays, even, rotation)
-    rotation, shift = rotation.view(batch, POSE_DRAWS, 3, 3), shift.view(batch, POSE_DRAWS, 1, 3)
-    local = torch.einsum("bdij,bnj->bdni", rotation, world) + shift
-    cosine = (local * ray[:, None]).sum(-1) / local.norm(dim=-1).clamp_min(1e-9)
-    best = torch.arange(batch, device=world.device), cosine.median(2).values.argmax(1)
-    return rotation[best], _weights(local[best], _off(local[best], ray))
-
-
-def _iterate(world: Tensor, ray: Tensor, weight: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One orthogonal iteration: the better rotation, the shift that goes with the given one, and new weights."""
-    weight = weight / weight.sum(1, keepdim=True)
-    turned = world @ rotation.mT
-    # The part off the line of sight: I - r r^T, in sums over the points.
-    system = torch.eye(3, device=ray.device) - (weight[..., None] * ray).mT @ ray
-    shift = -torch.linalg.solve(system, (weight[..., None] * _off(turned, ray)).sum(1))
-    local = turned + shift[:, None]
-    off = _off(local, ray)
-    return _turned(world, local - off, weight), shift, _weights(local, off)
-
-
-def _weights(local: Tensor, off: Tensor) -> Tensor:
-    """What makes of weighted squares of `off` the sum of sines: 1 / (sine x distance^2), for sines from 1e-3 on."""
-    distance = local.norm(dim=-1).clamp_min(1e-3)
-    sine = (off.norm(dim=-1) / distance).clamp_min(1e-3)
-    weights: Tensor = 1 / (sine * distance.square())
-    return weights
-
-
-def _off(local: Tensor, ray: Tensor) -> Tensor:
-    off: Tensor = local - ray * (ray * local).sum(-1, keepdim=True)
-    return off
-
-
-def _turned(source: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The rotation (B, 3, 3) that takes weighted points (B, N, 3) nearest to others, each about its own mean."""
-    share = weight[..., None]
-    source, target = (x - (share * x).sum(1, keepdim=True) for x in (source, target))
-    u, _, vt = torch.linalg.svd((share * target).mT @ source)
-    flip = torch.ones_like(u[:, 0])
-    flip[:, 2] = torch.linalg.det(u @ vt)
-    rotation: Tensor = u * flip[:, None] @ vt
-    return rotation
 
 
 def intervals(values: dict[str, Tensor], seed: int, level: float = 0.95) -> dict[str, float]:

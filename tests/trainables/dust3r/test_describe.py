@@ -42,6 +42,7 @@ def test_kept_bytes_are_what_autograd_keeps():
     )
 
 
+@pytest.mark.slow
 def test_the_released_architecture_has_its_published_size():
     """571 M parameters and 2,566 GFLOP per pair at 512 x 512; ours resizes after a 1x1 convolution and saves some."""
     found = cost(Config().to_data(), (512, 512), 1, True)

@@ -4,7 +4,7 @@ import torch
 from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
 
-from trainables.dust3r import metrics
+from trainables.dust3r import geometry, metrics
 from trainables.dust3r.metrics import CLOUD_POINTS, LOWER_IS_BETTER, NAMES, POSES, cloud_distances, per_pair
 
 
@@ -187,11 +187,11 @@ def test_the_pose_is_that_of_a_slow_least_squares_fit():
     """Against an independent method: scipy minimises the sum of angles over rotation vector and position."""
     points, cameras, poses = posed(batch=3, noise=0.05)
     conf = torch.full(points.shape[:3], 2.0)
-    rotation, centre = metrics.resected(points, conf, cameras)
+    rotation, centre = geometry.resected(points, conf, cameras)
     for b in range(3):
-        world = points[b].double().numpy().reshape(-1, 3)[:: 24 * 32 // metrics.POSE_POINTS | 1]
+        world = points[b].double().numpy().reshape(-1, 3)[:: 24 * 32 // geometry.POSE_POINTS | 1]
         v, u = np.meshgrid(np.arange(24) + 0.5, np.arange(32) + 0.5, indexing="ij")
-        ray = np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3)[:: 24 * 32 // metrics.POSE_POINTS | 1]
+        ray = np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3)[:: 24 * 32 // geometry.POSE_POINTS | 1]
         ray = ray @ np.linalg.inv(cameras[b].double().numpy()).T
         ray /= np.linalg.norm(ray, axis=1, keepdims=True)
 
