@@ -1,6 +1,8 @@
 """The conductor with real processes that are no sweeps: each script writes the journal that a sweep would, at once."""
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,8 @@ with Journal.open(folder) as journal:
     if "--resume" not in words:
         journal.append("sweep", **dict.fromkeys(names, own.stem))
         journal.append("trial", trial_id="t", exp_id="t", task_id=own.stem, role="trial", params={}, saves=None)
+    while told.get("waits") and not (own.parent / "release").exists():
+        time.sleep(0.02)
     if told.get("dies") and "--resume" not in words:
         os._exit(7)
     drop = told.get("drop", 0.0)
@@ -61,11 +65,14 @@ class Stages:
             task = Task(name, name, (f"{name}.pth",), (drop(0.01),))
             self.stages.append(Stage(name, "toy", str(folder / f"{name}.py"), (), [task], own))
 
-    def run(self, selected: list[str] | None = None, **options: object) -> Conductor:
+    def campaign(self, selected: list[str] | None = None, **options: object) -> Plan:
         chosen = [stage for stage in self.stages if selected is None or stage.id in selected]
         storage = self.folder / "runs"
-        plan = Plan("c", "toy", "small", 42, self.stages, chosen, storage / "c", "sqlite:///none.db",
+        return Plan("c", "toy", "small", 42, self.stages, chosen, storage / "c", "sqlite:///none.db",
                     ["--storage", str(storage)], **options)  # type: ignore[arg-type]  # fmt: skip
+
+    def run(self, selected: list[str] | None = None, **options: object) -> Conductor:
+        plan = self.campaign(selected, **options)
         with Journal.open(plan.folder, "campaign.jsonl") as journal:
             conductor = Conductor(plan, journal, self.said.append, lambda: None)
             conductor.run()
@@ -122,6 +129,27 @@ def test_a_stage_that_dies_is_resumed_and_one_that_never_began_is_started(tmp_pa
     assert codes == [7, 2, 0, 0, 0]
 
 
+def test_a_stage_that_outlived_its_campaign_is_waited_for(tmp_path: Path) -> None:
+    """Started by hand here, as one is left by a campaign that was killed; it ends once it is seen to be waited for."""
+    stages = Stages(tmp_path, {"a": [], "b": [Needs("a", file="a.pth", setting="model")]}, a={"waits": True})
+    plan = stages.campaign()
+    orphan = subprocess.Popen(plan.command(stages.stages[0]))
+    while not (plan.sweep_folder(stages.stages[0]) / "journal.jsonl").exists():
+        time.sleep(0.05)
+
+    def say(text: str) -> None:
+        stages.said.append(text)
+        if "a: still at work since before" in text:
+            (tmp_path / "release").touch()
+
+    with Journal.open(plan.folder, "campaign.jsonl") as journal:
+        conductor = Conductor(plan, journal, say, lambda: None)
+        conductor.run()
+    assert conductor.held == {} and orphan.wait() == 0 and stages.started == ["a", "b"]
+    assert f"(process {orphan.pid} on " in stages.said[0]
+    assert "--resume" not in dict(stages.calls)["b"]
+
+
 def test_side_by_side_stages_share_the_cluster(tmp_path: Path) -> None:
     """b and c wait for each other: in a row they would not end."""
     needs = {"a": [], "b": [Needs("a")], "c": [Needs("a")], "d": [Needs("a")], "e": [Needs("d")]}
@@ -140,8 +168,7 @@ def test_only_what_is_selected_runs_and_what_was_not_is_not_waited_for(tmp_path:
 def test_an_error_in_the_campaign_leaves_no_stage_behind(tmp_path: Path) -> None:
     """The folder of the deliverables cannot be written, say, while another stage is at work."""
     stages = Stages(tmp_path, {"a": [], "b": []}, b={"meets": ["never"]})
-    plan = Plan("c", "toy", "small", 42, stages.stages, stages.stages, tmp_path / "runs" / "c", "sqlite:///none.db",
-                ["--storage", str(tmp_path / "runs")], width=2)  # fmt: skip
+    plan = stages.campaign(width=2)
 
     def full() -> None:
         raise OSError(28, "No space left on device")
