@@ -1,4 +1,4 @@
-"""AQ-5, labels: what the teacher's final logits add to hard labels alone, at equal steps; paired over seeds and shots.
+"""AQ-5L, labels: what the teacher's final logits add to hard labels alone, at equal steps; paired over seeds and shots.
 
 python sweeps/aq_labels.py --profile demo                 # two minutes on a laptop
 python sweeps/aq_labels.py                                # five seeds of 409,600 shots per arm
@@ -20,8 +20,8 @@ AQ = Sweep(
         "small": dict(epochs=10, samples_per_epoch=40960, train_samples=409600),
     },
     trials=[
-        Trial("AQ-5", combo="hard", keyparams="", alpha=1.0, beta=0),
-        Trial("AQ-5", combo="soft", keyparams=""),  # the settings as they are: .3 hard, .7 of the teacher's
+        Trial("AQ-5L", combo="hard", keyparams="", alpha=1.0, beta=0),
+        Trial("AQ-5L", combo="soft", keyparams=""),  # the settings as they are: .3 hard, .7 of the teacher's
     ],
     reference="hard", log="ablation_labels.json", sample_cpu_s=0.00025,
 )  # fmt: skip

@@ -77,7 +77,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     orphan = toys.wait_for("second", 1, second)
     os.kill(orphan, signal.SIGSTOP)  # so that it is still there when the campaign comes back, however busy the machine
     second.kill()
-    second.communicate()
+    second.wait()  # its output stays open as long as the stage that it left behind
     again = toys.start("--resume", **slow)
     said = ""
     while "still at work" not in said and again.poll() is None:
