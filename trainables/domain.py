@@ -40,9 +40,12 @@ class Domain(Protocol):
 
     primary: str
     lower_is_better: bool
-    shipped: Path  # the teacher that comes with the package
     group: int  # so many consecutive training samples share work: a batch holds all of them or none
     blocks: tuple[type[nn.Module], ...]  # what activation checkpointing computes again
+
+    @property
+    def shipped(self) -> Path:
+        """Where the teacher that comes with the package lies, or a new one would."""
 
     def new_teacher(self) -> nn.Module:
         """The small teacher's architecture with fresh weights, for pretraining."""

@@ -14,9 +14,17 @@ from trainables.alphaqubit.layout import BOTH, Placement
 from trainables.alphaqubit.model import Decoder, build
 from trainables.alphaqubit.sampler import CLASSES
 
-SHIPPED = Path(__file__).parent / "weights" / "teacher_d3.safetensors"
+WEIGHTS = Path(__file__).parent / "weights"
 SHOTS = 1024  # decoded at a time
 _FLIPS = np.array([np.argwhere(k == CLASSES)[0] for k in range(4)], np.uint8)  # of I, X, Y, Z: X flip, Z flip
+
+
+def shipped(distance: int) -> Path:
+    """Where the teacher of a distance lies in the package, if it has one."""
+    return WEIGHTS / f"teacher_d{distance}.safetensors"
+
+
+SHIPPED = shipped(3)
 
 
 def read(path: Path) -> Decoder:

@@ -27,7 +27,6 @@ from trainables import least_squares
 from trainables.alphaqubit import circuits, compare, decisions, exact, layout, losses, matching, sampler
 from trainables.alphaqubit import prune as pruning
 from trainables.alphaqubit.config import Config
-from trainables.alphaqubit.decisions import SHIPPED
 from trainables.alphaqubit.deployed import Deployed
 from trainables.alphaqubit.fusion import FusedTeacher, cached_probes, load_probes
 from trainables.alphaqubit.layout import BOTH
@@ -63,7 +62,6 @@ def _digest(*identity: object) -> str:
 class AlphaQubit:
     """Memory experiments of the rotated surface code; error rate of the predicted logical flips."""
 
-    shipped = SHIPPED
     group = 1
     blocks = (Layer,)
     lower_is_better = True
@@ -90,6 +88,11 @@ class AlphaQubit:
     def _build(self, next_stabilizer: bool = False) -> Decoder:
         return build(**{**self._size.to_data(), "next_stabilizer": next_stabilizer, **self._experiment})
 
+    @property
+    def shipped(self) -> Path:
+        """The package's teacher for the workload's distance."""
+        return decisions.shipped(self.workload.distance)
+
     def new_teacher(self) -> Decoder:
         """A decoder of the settings' size with fresh weights from the present random state."""
         return self._build(next_stabilizer=self.pretrain.next_weight > 0)
@@ -99,7 +102,15 @@ class AlphaQubit:
 
         Probes of fusion=cached are trained here unless the cache has them; without a cache the teacher stands for them.
         """
-        model = self.load(SHIPPED if self.distill.teacher == "shipped" else Path(self.distill.teacher))
+        path = self.shipped if self.distill.teacher == "shipped" else Path(self.distill.teacher)
+        if path == self.shipped and not path.exists():
+            d = self.workload.distance
+            others = ", ".join(sorted(one.stem.removeprefix("teacher_d") for one in path.parent.glob("*.safetensors")))
+            raise InputError(
+                f"teacher 'shipped': none of distance {d} comes with the package (of {others}); give "
+                f"--set teacher=FILE, one of python sweeps/aq_pretrain.py --set distance={d}"
+            )
+        model = self.load(path)
         self._check(model, f"teacher {self.distill.teacher!r}")
         frozen = model.eval().requires_grad_(False)
         if self.distill.fusion == "none" or (self.distill.fusion == "cached" and self._cache is None):

@@ -224,3 +224,10 @@ def test_less_memory_is_the_same_training(aq):
     assert curves["checkpointing"] == pytest.approx(curves["plain"], rel=1e-6)
     assert curves["accumulate"] == pytest.approx(curves["plain"], rel=1e-3)
     assert curves["bfloat16"] == pytest.approx(curves["plain"], rel=0.05) and curves["bfloat16"] != curves["plain"]
+
+
+def test_the_package_has_a_teacher_per_distance(aq):
+    for distance in (3, 5):
+        assert aq.domain(teacher="shipped", distance=distance).teacher().config["distance"] == distance
+    with pytest.raises(InputError, match=r"none of distance 7 comes with the package \(of 3, 5\)"):
+        aq.domain(teacher="shipped", distance=7).teacher()
