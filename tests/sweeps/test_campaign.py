@@ -87,6 +87,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(toys=toys, one=one, two=(code, said + out, err), third=third, before=dict(before))
 
 
+@pytest.mark.slow
 def test_a_killed_stage_holds_up_what_needs_it_and_the_rest_goes_on(killed: SimpleNamespace) -> None:
     code, out, err = killed.one
     assert code == 1 and "Traceback" not in out + err
@@ -96,6 +97,7 @@ def test_a_killed_stage_holds_up_what_needs_it_and_the_rest_goes_on(killed: Simp
     assert "D: not run, C-1 missed its hard line: drop 30 %" in out and "--keep-going would go on" in out
 
 
+@pytest.mark.slow
 def test_resume_runs_nothing_twice_and_waits_for_what_still_runs(killed: SimpleNamespace) -> None:
     code, out, err = killed.two
     toys = killed.toys
@@ -116,6 +118,7 @@ def test_resume_runs_nothing_twice_and_waits_for_what_still_runs(killed: SimpleN
     assert header["settings"]["model"] == str(toys.sweep("first") / "files" / "first_best.pth")
 
 
+@pytest.mark.slow
 def test_all_runs_have_the_campaigns_tag_and_stand_once(killed: SimpleNamespace) -> None:
     client = MlflowClient(f"sqlite:///{killed.toys.storage / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("slimsweep").experiment_id], max_results=1000)
@@ -125,6 +128,7 @@ def test_all_runs_have_the_campaigns_tag_and_stand_once(killed: SimpleNamespace)
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
 
 
+@pytest.mark.slow
 def test_deliverables_are_the_plans_files_by_content(killed: SimpleNamespace) -> None:
     toys = killed.toys
     folder = toys.folder / "deliverables"
@@ -145,6 +149,7 @@ def test_deliverables_are_the_plans_files_by_content(killed: SimpleNamespace) ->
     assert all(file.run_id for file in manifest.files if file.stage)
 
 
+@pytest.mark.slow
 def test_the_ledger_adds_up_and_says_what_stopping_saved(killed: SimpleNamespace) -> None:
     toys = killed.toys
     ledger = json.loads((toys.folder / "deliverables" / "ledger.json").read_text())
@@ -167,6 +172,7 @@ def test_the_ledger_adds_up_and_says_what_stopping_saved(killed: SimpleNamespace
     assert [row["exp_id"] for row in rows] == [row["exp_id"] for row in ledger["trials"]]
 
 
+@pytest.mark.slow
 def test_verify_names_the_missed_line_and_what_was_not_done_and_nothing_else(killed: SimpleNamespace) -> None:
     found = verify.check(killed.toys.folder / "deliverables")
     assert len(found.problems) == 2, found.problems
@@ -174,6 +180,7 @@ def test_verify_names_the_missed_line_and_what_was_not_done_and_nothing_else(kil
     assert found.problems[1].startswith("C-1: missed its hard line. drop 30 %")
 
 
+@pytest.mark.slow
 def test_the_daily_sheet_has_every_trial(killed: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{killed.toys.storage / 'mlflow.db'}"
     assert analysis(["daily", "--tracking-uri", uri, "--csv", str(killed.toys.storage / "daily.csv")]) == 0
@@ -187,6 +194,7 @@ def test_the_daily_sheet_has_every_trial(killed: SimpleNamespace, capsys: pytest
     assert bad[5] == f"{sum(m['epoch_s'] for _, m in trial.results) / 3600:.3f} (CPU)"
 
 
+@pytest.mark.slow
 def test_keep_going_does_the_rest(killed: SimpleNamespace) -> None:
     """And a dry run says what is left, and starts nothing."""
     toys = killed.toys
@@ -202,6 +210,7 @@ def test_keep_going_does_the_rest(killed: SimpleNamespace) -> None:
     assert [problem.partition(":")[0] for problem in found.problems] == ["C-1"]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_campaign_and_stage_in_order(tmp_path: Path) -> None:
     toys = Toys(tmp_path)
     process = toys.start("--only", "A", TOY_SLEEP_FIRST="3")
@@ -243,6 +252,7 @@ def test_bad_input_is_one_line_and_touches_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_exists_needs_resume_and_the_same_flags(killed: SimpleNamespace) -> None:
     toys = killed.toys
     for flags, said in {
