@@ -42,7 +42,7 @@ class Quantize(Distill):
     def _first_faked(self) -> int:
         """The first epoch with fake quantization; epoch 1 is the rounding of the model as it came."""
         trained: int = self.settings["epochs"] - 1
-        return 2 + min(max(trained - 1, 0), round((1 - self.quant.qat_share) * trained))
+        return 2 + min(max(trained - 1, 0), math.ceil((1 - self.quant.qat_share) * trained - 0.5))
 
     def step(self) -> dict[str, Any]:
         """One epoch; a model that rounds within the budget is done after the first."""
