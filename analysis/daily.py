@@ -15,7 +15,7 @@ from datetime import date as Date
 from datetime import datetime as Datetime
 from typing import Any
 
-from analysis.readers import Run, open_store
+from analysis.readers import Run, logged_in, open_store
 from analysis.words import words_of
 from trainables.record import InputError
 
@@ -64,13 +64,7 @@ def compute(tracking_uri: str, day: Date) -> Sheet:
     found: list[tuple[int, Entry]] = []
     days: set[Date] = set()
     with open_store(tracking_uri) as store:
-        parents = store.sweeps()
-        if not parents:
-            raise InputError(
-                f"--tracking-uri {tracking_uri}: no sweep is logged there yet; run one first "
-                "(python sweeps/k_grid.py --profile demo)"
-            )
-        for parent in parents:
+        for parent in logged_in(store, tracking_uri):
             runs = list(store.children([parent.run_id], whole=True))
             points: dict[str, list[tuple[str, int, float]]] = {run.run_id: [] for run in runs}
             for run_id, key, _, time, value in store.metrics([parent.run_id], _ACTIVITY):

@@ -36,6 +36,7 @@ from analysis.front import (
     vertices,
 )
 from analysis.points import RATIO, Clock, Other, Point, clock_of, others_of, point_of, rate_of
+from analysis.readers import without_password
 from analysis.store import SweepData, load
 from analysis.words import ACROSS, PICTURES, Measure, Words, measure_of, words_of
 from trainables.record import EXTRAS, FIELDS, InputError
@@ -241,7 +242,8 @@ def log_files(tracking_uri: str, run_id: str, paths: Sequence[Path]) -> None:
             client.log_artifact(run_id, str(path))
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = without_password(tracking_uri)
         raise InputError(
-            f"--tracking-uri {tracking_uri}: the files are in {paths[0].parent}, but could not be attached "
+            f"--tracking-uri {where}: the files are in {paths[0].parent}, but could not be attached "
             f"to run {run_id} ({first[:200]}); use --no-log to write them only"
         ) from error

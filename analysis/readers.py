@@ -77,6 +77,17 @@ def open_store(tracking_uri: str) -> Iterator[Store]:
         yield _client(tracking_uri)
 
 
+def logged_in(store: Store, tracking_uri: str) -> list[Run]:
+    """All sweeps of a store, the newest first. Raises InputError where there is none."""
+    sweeps = store.sweeps()
+    if not sweeps:
+        raise InputError(
+            f"--tracking-uri {without_password(tracking_uri)}: no sweep is logged there yet; run one first "
+            "(python sweeps/k_grid.py --profile demo)"
+        )
+    return sweeps
+
+
 def finite_or_inf(value: float, is_nan: bool = False) -> float:
     """MLflow stores NaN as a flag and infinities as the largest double: undo both."""
     if is_nan:

@@ -7,7 +7,7 @@ from functools import cached_property
 import polars as pl
 
 from analysis.frames import curve_frame, trial_frame
-from analysis.readers import Run, Store, open_store, without_password
+from analysis.readers import Run, Store, logged_in, open_store, without_password
 from trainables.record import InputError
 
 CAMPAIGN_TAG = "campaign"
@@ -93,12 +93,7 @@ def load_all(
     a store that is locked, unreachable or not MLflow's.
     """
     with open_store(tracking_uri) as store:
-        logged = store.sweeps()
-        if not logged:
-            raise InputError(
-                f"--tracking-uri {without_password(tracking_uri)}: no sweep is logged there yet; run one first "
-                "(python sweeps/k_grid.py --profile demo)"
-            )
+        logged = logged_in(store, tracking_uri)
         notes: list[str] = []
         if campaign is not None:
             found = _of_campaign(logged, campaign, tracking_uri)

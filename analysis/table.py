@@ -12,7 +12,6 @@ from rich.table import Table
 
 from analysis.captions import check_one_workload, load_note
 from analysis.points import RATIO, UNFINISHED, is_open, number
-from analysis.store import SweepData
 from analysis.words import PAIRS, Words, words_of
 from trainables.record import InputError
 
@@ -189,11 +188,6 @@ def save(path: str | Path, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror}); name another file") from error
-
-
-def records_of(data: SweepData) -> list[dict[str, Any]]:
-    """The sweep's trials as flat dictionaries."""
-    return data.trials.to_dicts()
 
 
 def _row(record: Mapping[str, Any], chosen: str | None) -> Row:

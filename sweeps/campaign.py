@@ -73,7 +73,7 @@ def run(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]] = PLANS
             return 0
         return _execute(order, console)
     except (InputError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + masked(" ".join(str(error).split())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

@@ -176,7 +176,7 @@ ALPHAQUBIT = (
     ], cpu_hours={"demo": 0.20}),
     Stage("AQ-5L", "alphaqubit", "aq_labels.py", _DECODER, [
         Task("AQ-5L", "the teacher's logits against hard labels alone, five seeds", ("ablation_labels.json",)),
-    ], cpu_hours={"small": 0.37}),
+    ], cpu_hours={"small": 0.28}),
 )  # fmt: skip
 
 PLANS: Mapping[str, Sequence[Stage]] = {"dust3r": DUST3R, "alphaqubit": ALPHAQUBIT, "all": (*DUST3R, *ALPHAQUBIT)}

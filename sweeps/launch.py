@@ -124,7 +124,7 @@ def run(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
             return 0
         return _execute(order)
     except (InputError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + masked(" ".join(str(error).split())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before there was a folder: from then on `_execute` says how to go on
         print("Interrupted.", file=sys.stderr)

@@ -157,3 +157,12 @@ def test_unreachable_mlflow(capsys: pytest.CaptureFixture[str], toy: ModuleType,
     said = refused(capsys, toy, "--storage", str(tmp_path / "runs"), "--tracking-uri", "http://127.0.0.1:9")
     assert "127.0.0.1:9" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_password_in_an_address_stays_off_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = str(tmp_path / "runs")
+    for address in ("http://me:hush@127.0.0.1:9", "ftp://me:hush@host/x"):  # nothing listens there; no such kind
+        assert run(K, ["--profile", "demo", "--storage", storage, "--tracking-uri", address]) == 2
+        error = capsys.readouterr().err
+        assert "hush" not in error and "me:***@" in error and len(error.strip().splitlines()) == 1
+    assert not Path(storage).exists()

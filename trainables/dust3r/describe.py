@@ -129,7 +129,6 @@ def describe(teacher: Mapping[str, Any], workload: WorkloadSettings, distill: Di
     student = student_config(dict(teacher), d.depth, d.heads, d.ffn, d.dec_depth, d.head, d.shared_head)
     piece, bfloat16 = d.batch_size // d.accumulate, d.precision == "bfloat16"
     costs = [cost(config, size, piece, bfloat16) for config in (teacher, student)]
-    states = any(d.gamma) if isinstance(d.gamma, list) else bool(d.gamma)
     lines = [f"{workload.image_size} pixels, {piece} directed pairs in a pass, {d.precision}", ""]
     lines.append(f"{'':34}{'teacher':>12}{'student':>12}{'student / teacher':>20}")
     for part in (*PARTS, "all"):
@@ -140,7 +139,7 @@ def describe(teacher: Mapping[str, Any], workload: WorkloadSettings, distill: Di
             lines.append(_row(f"{part}: {what}", values))
     lines.append(_row("activations of a pass, GB", [one.activations_GB for one in costs]))
     lines.append(_row("with checkpointing: true, GB", [one.recomputed_GB for one in costs]))
-    per_pair = costs[0].states_MB if states else costs[0].cached_MB
+    per_pair = costs[0].states_MB if d.gamma else costs[0].cached_MB
     lines += ["", f"Teacher's outputs: {per_pair:.2f} MB per directed pair, "
                   f"{per_pair * d.train_samples / 1000:.1f} GB for train_samples={d.train_samples}"]  # fmt: skip
     return "\n".join(lines)

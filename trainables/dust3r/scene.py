@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from engines.errors import InputError
-from trainables.dust3r.align import Predictions, Reconstruction, align
+from trainables.dust3r.align import Predictions, Reconstruction
 from trainables.dust3r.model import DUSt3R
 
 BATCH = 8  # images, then pairs, that go through the model at once
@@ -34,13 +34,6 @@ def predict(model: DUSt3R, images: Tensor, edges: Sequence[tuple[int, int]]) -> 
         parts.append(model.pair(features[batch[:, 0]], size, features[batch[:, 1]], size))
     pts1, conf1, pts2, conf2 = (torch.cat(part) for part in zip(*parts, strict=True))
     return Predictions(edges, pts1, conf1, pts2, conf2)
-
-
-def reconstruct(
-    model: DUSt3R, images: Tensor, edges: Sequence[tuple[int, int]], poses: Tensor | None = None
-) -> Reconstruction:
-    """All of it; see :func:`predict` and :func:`~trainables.dust3r.align.align`."""
-    return align(predict(model, images, edges), poses)
 
 
 def cloud(found: Reconstruction, images: Tensor, least: float = MIN_CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
