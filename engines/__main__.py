@@ -1,7 +1,8 @@
-"""Look into an ONNX file.
+"""Look into an ONNX file, and build an engine of it.
 
 python -m engines explain FILE.onnx     what is quantized, what is kept in floating point, and why
 python -m engines profile FILE.onnx     where ONNX Runtime spends its time on the CPU
+python -m engines build FILE.qdq.onnx ENGINE.trt    a TensorRT engine of an export, for the GPU of this machine
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import sys
 from pathlib import Path
 
 from engines.errors import InputError
-from engines.explain import explain
+from engines.explain import annotation, explain
 from engines.latency import environment
 from engines.operators import by_operator, profile
+from engines.tensorrt_build import build_engine, load_tensorrt
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,10 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     command.add_argument("--rounds", type=int, default=20, help="timed runs (default: %(default)s)")
     command.add_argument("--top", type=int, default=12, help="slowest nodes to list (default: %(default)s)")
+    command = commands.add_parser("build", help="a TensorRT engine, for the GPU of this machine where there is one")
+    command.add_argument("file", type=Path, help="explicit-QDQ ONNX, as a sweep leaves it (*.qdq.onnx)")
+    command.add_argument("engine", type=Path, help="where the engine goes; its manifest lies beside it")
+    command.add_argument("--workload", default="", help="hash of the workload that it is to be measured by")
     given = parser.parse_args(arguments)
     try:
         if given.command == "explain":
             print(explain(given.file))
+        elif given.command == "build":
+            print(_build(given.file, given.engine, given.workload))
         else:
             print(_profile(given.file, given.threads, given.rounds, given.top))
     except InputError as error:
@@ -59,6 +67,21 @@ def _profile(path: Path, threads: int, rounds: int, top: int) -> str:
     slowest = sorted(nodes, key=lambda node: -node.us)[:top]
     lines += [f"{node.us:9.0f} us  {node.op:24} {node.node}" for node in slowest]
     return "\n".join(lines)
+
+
+def _build(path: Path, engine: Path, workload: str) -> str:
+    found = annotation(path)
+    if found is None:
+        raise InputError(f"{path}: no quantization record in it; give a file that a sweep left as *.qdq.onnx")
+    policy, chosen = found
+    made = build_engine(load_tensorrt(), path, engine, workload, chosen, policy=policy)
+    precision = made["precision"]
+    return (
+        f"{engine}: {made['label']}, built by {made['tensorrt']} {made['version']} in {made['build_s']} s for "
+        f"{made['device']}, compute capability {' or '.join(made['capabilities'])}; {made['engine_MB']:.1f} MB; "
+        f"{100 * precision['int8_share']:.0f} % of the products in INT8, "
+        f"{len(precision['keep_list_violations'])} layers against the keep-list"
+    )
 
 
 if __name__ == "__main__":

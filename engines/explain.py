@@ -12,6 +12,7 @@ import onnx
 from onnx import helper
 
 from engines.errors import InputError
+from engines.graph import load
 from engines.policy import FAMILIES, Choice, QuantPolicy, choices
 
 _KEY = "slimsweep.quantization"
@@ -28,7 +29,7 @@ def annotate(model: onnx.ModelProto, policy: QuantPolicy, chosen: Iterable[Choic
 
 def annotation(path: str | Path) -> tuple[QuantPolicy, list[Choice]] | None:
     """The policy and choices in the file, None where it has none. InputError for an unreadable file."""
-    model = _load(path)
+    model = load(path, weights=False)
     for prop in model.metadata_props:
         if prop.key == _KEY:
             try:
@@ -43,7 +44,7 @@ def explain(path: str | Path) -> str:
     """Text: the policy, then per layer what is quantized, kept, and why; for an FP32 file what could be."""
     found = annotation(path)
     if found is None:
-        chosen = choices(_load(path), QuantPolicy(keep=()))
+        chosen = choices(load(path, weights=False), QuantPolicy(keep=()))
         lines = [f"{path}: single precision, nothing is quantized; eligible are:"]
         return "\n".join(lines + _table([dataclasses.replace(c, precision="kept") for c in chosen if c.kind]))
     policy, chosen = found
@@ -60,11 +61,3 @@ def explain(path: str | Path) -> str:
 def _table(chosen: list[Choice]) -> list[str]:
     width = max((len(c.layer) for c in chosen), default=0)
     return [f"  {c.layer:{width}}  {c.why or (FAMILIES[c.kind] if c.kind else '')}" for c in chosen]
-
-
-def _load(path: str | Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except Exception as problem:  # protobuf's DecodeError, or OSError
-        reason = " ".join(str(problem).split())
-        raise InputError(f"{path}: not a readable ONNX file ({reason})") from problem

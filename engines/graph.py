@@ -22,10 +22,13 @@ _LARGEST = 2**31 - 2**26
 def load(path: str | Path, weights: bool = True) -> onnx.ModelProto:
     """The model; without `weights`, external data stay in their file. InputError if the file cannot be read."""
     try:
-        return onnx.load(str(path), load_external_data=weights)
+        model = onnx.load(str(path), load_external_data=weights)
     except Exception as problem:  # protobuf's DecodeError, onnx's own errors, or OSError
         reason = " ".join(str(problem).split())
         raise InputError(f"{path}: not a readable ONNX file ({reason}); export the model again") from problem
+    if not model.graph.node:  # so reads an empty file, too
+        raise InputError(f"{path}: not a readable ONNX file (its graph has no node); export the model again")
+    return model
 
 
 def save(model: onnx.ModelProto, path: str | Path) -> None:

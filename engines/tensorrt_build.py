@@ -98,8 +98,8 @@ def compile_int8(
     Args: as `write_qdq` and `build_engine`. The twin is `plan_path` with the suffix `.qdq.onnx`.
 
     Returns:
-        The manifest with the paths `plan` and `qdq_onnx`, and from its `precision`: `int8_share` of the
-        eligible products and `keep_list_violations`.
+        The manifest; its `precision` holds `int8_share` of the eligible products and `keep_list_violations`,
+        its `onnx_sha256` is that of the twin.
 
     Raises:
         InputError: see `write_qdq` and `build_engine`.
@@ -114,14 +114,7 @@ def compile_int8(
         manifest |= {"workload": workload_hash, "policy": policy.to_data()}
         publish(draft_twin, twin)
         write_engine(plan_path, draft, manifest)
-    precision = manifest["precision"]
-    return {
-        **manifest,
-        "plan": str(plan_path),
-        "qdq_onnx": str(twin),
-        "int8_share": precision["int8_share"],
-        "keep_list_violations": precision["keep_list_violations"],
-    }
+    return manifest
 
 
 @contextlib.contextmanager
@@ -151,7 +144,6 @@ def _build(
         "version": trt.__version__,
         "device": device.name if device else AHEAD_OF_TIME,
         "capabilities": [device.capability] if device else list(RTX_CAPABILITIES),
-        "onnx": onnx_path.name,
         "onnx_sha256": sha256(onnx_path, *external_files(onnx_path)),
         "engine_sha256": sha256(plan),
         "engine_MB": plan.stat().st_size / 1e6,

@@ -114,15 +114,15 @@ DUST3R = (
     ], [Needs("P0-2")], {"demo": 0.062}),
     Stage("KQ", "dust3r", "kq_joint.py", (WORKLOAD, QUANT), [
         Task("KQ-1", "the best student by Q's policy", ("student_int8.pth",), (drop(0.01),), (5, 8)),
-        Task("KQ-2", "its engines", ("student_int8.onnx", "student_int8.trt", "student_int8.trt.json"), (RUNS,),
-             (2, 3)),
+        Task("KQ-2", "its engines", ("student_int8.onnx", "student_int8.qdq.onnx", "student_int8.trt",
+             "student_int8.trt.json"), (RUNS,), (2, 3)),
         Task("KQ-3", "measured", ("kq_eval.json",), (drop(0.01), HALF), (3, 5)),
     ], [Needs("K-4", file="student_fp32_best.pth", setting="model")]),
     Stage("Q", "dust3r", "q_ptq_qat.py", (WORKLOAD, QUANT), [
         Task("Q-1", "PTQ W8A8, at least 512 calibration images", ("ptq_int8.onnx",), (drop(0.01),), (2, 3)),
         Task("Q-2", "QAT where rounding loses more than 1 %", ("quant_ckpt.pth",), (drop(0.01),), (6, 10)),
-        Task("Q-3", "engines", ("quantized_model.onnx", "quantized_model.trt", "quantized_model.trt.json"), (RUNS,),
-             (2, 3)),
+        Task("Q-3", "engines", ("quantized_model.onnx", "quantized_model.qdq.onnx", "quantized_model.trt",
+             "quantized_model.trt.json"), (RUNS,), (2, 3)),
         Task("Q-4", "measured", ("quant_eval.json",), (HALF,), (2, 4)),
     ], [Needs("P0-2")]),
     Stage("P", "dust3r", "p_prune.py", (WORKLOAD, PRUNE), [
@@ -159,13 +159,14 @@ ALPHAQUBIT = (
         Needs("AQ-3", file="aq_probes.pth", setting="fusion")], {"demo": 0.012}),
     Stage("AQ-KQ", "alphaqubit", "aq_joint.py", (DECODER_WORKLOAD, DECODER_QUANT), [
         Task("AQ-KQ", "the baseline's student in INT8",
-             ("aq_student_int8.pth", "aq_student_int8.onnx", "aq_student_int8.trt", "aq_student_int8.trt.json",
-              "aq_joint_eval.json"), (drop(0.03), Gate("drop_to_student", at_most=0.01))),
+             ("aq_student_int8.pth", "aq_student_int8.onnx", "aq_student_int8.qdq.onnx", "aq_student_int8.trt",
+              "aq_student_int8.trt.json", "aq_joint_eval.json"), (drop(0.03), Gate("drop_to_student", at_most=0.01))),
     ], [Needs("AQ-1", file="aq_baseline_best.pth", setting="model")], {"demo": 0.010}),
     Stage("AQ-Q", "alphaqubit", "aq_quantize.py", (DECODER_WORKLOAD, DECODER_QUANT), [
         Task("AQ-Q1", "the teacher rounded to INT8", ("aq_ptq_int8.onnx",), (drop(0.01),)),
         Task("AQ-Q2", "the best of PTQ and QAT, its engines",
-             ("aq_int8.pth", "aq_int8.onnx", "aq_int8.trt", "aq_int8.trt.json", "aq_quant_eval.json"), (drop(0.01),)),
+             ("aq_int8.pth", "aq_int8.onnx", "aq_int8.qdq.onnx", "aq_int8.trt", "aq_int8.trt.json",
+              "aq_quant_eval.json"), (drop(0.01),)),
     ], cpu_hours={"demo": 0.022}),
     Stage("AQ-P", "alphaqubit", "aq_prune.py", (DECODER_WORKLOAD, DECODER_PRUNE), [
         Task("AQ-P1", "rho .2, fine-tuned", ("aq_pruned_r020.pth",), (drop(0.03),)),

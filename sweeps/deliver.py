@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from engines import graph
 from sweeps import ablation
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
@@ -65,7 +66,7 @@ def write_files(sweep: Sweep, ledger: Ledger, resolved: Resolved) -> Choice:
     wanted += [(name, choice.trial) for name in sweep.best_files if choice.trial]
     for name, trial in wanted:
         for source, target in _products(ledger, trial.trial_id, name):
-            _put(files / target, partial(shutil.copyfile, source))
+            _copy(source, files / target)
             ledger.append("file", path=f"files/{target}", trial_id=trial.trial_id)
     found = {one.comparison.file: one for one in ablation.found(sweep, ledger)}
     texts: dict[str, dict[str, Any]] = {sweep.log: _log(ledger, choice)} if sweep.log else {}
@@ -91,8 +92,18 @@ def _products(ledger: Ledger, trial_id: str, name: str) -> list[tuple[Path, str]
     if suffix == ".pth":
         weights = ledger.best_weights(trial_id)
         return [(weights, name)] if weights else []
-    left = sorted(ledger.state_dir(trial_id).glob(f"{DEPLOYED}{suffix}*"))
-    return [(path, name + path.name.removeprefix(f"{DEPLOYED}{suffix}")) for path in left]
+    suffixes = [suffix, f"{suffix}.json"]
+    if suffix == ".trt":
+        suffixes.append(".qdq.onnx")  # what the engine can be built from on another device
+    left = [ledger.state_dir(trial_id) / f"{DEPLOYED}{one}" for one in suffixes]
+    return [(path, Path(name).stem + path.name.removeprefix(DEPLOYED)) for path in left if path.exists()]
+
+
+def _copy(source: Path, target: Path) -> None:
+    if any(source.parent.glob(f"{source.name}.*.data")):  # weights past 2 GB, which the file knows by name
+        graph.save(graph.load(source), target)
+    else:
+        _put(target, partial(shutil.copyfile, source))
 
 
 def draw_effects(sweep: Sweep, ledger: Ledger) -> list[Path]:

@@ -137,8 +137,9 @@ def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
     given = flags.parse(script, argv, searchable=bool(sweep.space))
     resolved = resolve(sweep.settings, given.profile, _started(sweep, given), sweep.changes.get(given.profile, {}))
     refuse_hidden(sweep, given.overrides)
+    kinds = _kinds(sweep, given)
     if sweep.measure:
-        job = {"domain": sweep.domain, "settings": dict(resolved.values), "seed": given.seed}
+        job = {"domain": sweep.domain, "settings": dict(resolved.values), "seed": given.seed, "trials": kinds}
         resolved = resolved.identified(*sweep.measure.identify(job))
     planner = Planner(sweep, resolved, given.seed)
     teacher = [planner.teacher()] if sweep.measure else []
@@ -157,6 +158,11 @@ def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
     config |= {f"{key}_content": content for key, content in resolved.contents.items()}
     name = f"{stem}_{given.profile}_seed{given.seed}{search}"
     return Order(sweep, given, resolved, planner, planned, name, config, command)
+
+
+def _kinds(sweep: Sweep, given: flags.Flags) -> list[Mapping[str, Any]]:
+    """Parameters of trials that together need all that any trial will share with others."""
+    return [*(trial.params for trial in sweep.trials), *([far_end(sweep.space)] if given.samples else [])]
 
 
 def _started(sweep: Sweep, given: flags.Flags) -> dict[str, Any]:
@@ -202,9 +208,7 @@ def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Cl
         "seed": order.given.seed,
     }
     cache = order.given.storage / "cache"
-    kinds = [trial.params for trial in sweep.trials]
-    if order.given.samples:
-        kinds.append(far_end(sweep.space))
+    kinds = _kinds(sweep, order.given)
     seeds = sorted({trial.seed for trial in order.planned})
     bench = Bench(sweep, order.resolved, ledger, cluster, cache, common, kinds, seeds)
     progress = Progress(console, rule_of(sweep, values).max_evals)

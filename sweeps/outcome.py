@@ -83,4 +83,7 @@ class Outcome:
         """Files of the task that the sweep did not leave, each with the reason where one is known."""
         why = [str(t.record["trt"]) for t in self.state.trials.values() if t.record and "trt" in t.record]
         names = [name for name in task.files if not self.file(name)]
-        return [f"{name} ({why[0]})" if why and ".trt" in name else name for name in names]
+        return [
+            f"{name} ({why[0]})" if why and name.endswith((".trt", ".trt.json", ".qdq.onnx")) else name
+            for name in names
+        ]

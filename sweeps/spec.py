@@ -45,8 +45,8 @@ class Measures(Protocol):
     """What a sweep does beside training; the module `trainables.evaluate` is one. Every function but
     `identify` runs as a Ray task.
 
-    A job is {"domain", "settings", "seed"}; for all but `identify` also {"work_dir", "cache_dir", "trials"
-    (parameters of trials that together need all that is shared), "seeds" (of all trials)}; for `prepare` also {"report"
+    A job is {"domain", "settings", "seed", "trials" (parameters of trials that together need all that is shared)}; for
+    all but `identify` also {"work_dir", "cache_dir", "seeds" (of all trials)}; for `prepare` also {"report"
     (a file in which it may say how far it is: JSON [what, done, total])}; for the two measurements also {"trial_id",
     "weights" (a path; None for the teacher), "params", "state_dir"}.
     """
@@ -55,7 +55,8 @@ class Measures(Protocol):
         """What the settings stand for: content hashes of the files they name, by setting, and what workload.yaml
         shall list beside the protocol, the pairs that follow from it.
 
-        Runs in the driver, also for --dry-run: it writes nothing. InputError for a file that cannot serve.
+        Runs in the driver, also for --dry-run: it writes nothing. InputError for a file that cannot serve, and for what
+        the trials cannot do with it.
         """
 
     def prepare(self, job: Job) -> None:

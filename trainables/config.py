@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from engines.errors import InputError
 from engines.policy import QuantPolicy
@@ -167,13 +167,16 @@ class DistillSettings(TrainingSettings):
     init: Literal["inherit", "scratch"] = "inherit"
 
 
+Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+
+
 class QuantSettings(TrainingSettings):
     """How a model is quantized: the policy of engines/policy.py, and the training where rounding loses too much."""
 
     model: Annotated[str, AfterValidator(absolute)] = "teacher"
     bits_w: int = 8
     bits_a: int = 8
-    keep: tuple[str, ...] = ("layernorm", "softmax", "attention", "conv")
+    keep: Patterns = ("layernorm", "softmax", "attention", "conv")
     calibration: Count = 512
     method: str = "minmax"
     mode: str = "static"
@@ -195,6 +198,11 @@ class QuantSettings(TrainingSettings):
             _ = self.policy
         except InputError as error:
             raise ValueError(str(error)) from None
+        if self.calibration > self.train_samples:
+            raise ValueError(
+                f"calibration={self.calibration} needs as many distinct training samples, found train_samples="
+                f"{self.train_samples}: lower the one or raise the other"
+            )
         return self
 
 

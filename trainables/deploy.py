@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -96,6 +96,12 @@ def compile_int8(
         source, _ = smoothed_file(fp32, policy, samples, fp32.parent)
         ranges = ranges_of(source, policy, samples)
         return tensorrt_build.compile_int8(source, path, policy, ranges, workload_hash)
+
+
+def precision(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What an engine's manifest says of its layers, as extras of the record."""
+    found = manifest["precision"]
+    return {"trt_int8_share": found["int8_share"], "trt_keep_list_violations": len(found["keep_list_violations"])}
 
 
 def ranges(domain: Domain, model: nn.Module, policy: QuantPolicy, folder: Path) -> dict[str, float]:

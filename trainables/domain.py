@@ -65,6 +65,11 @@ class Domain(Protocol):
         with nothing.
         """
 
+    def widths(self) -> object:
+        """The architecture that the settings ask :meth:`pruned` for, before any layer is told from another; InputError
+        where a layer would be left with nothing.
+        """
+
     def pruned_id(self) -> str:
         """Changes whenever the results of :meth:`pruned` would: teacher, widths asked for, code, calibration data."""
 

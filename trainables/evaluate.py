@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from engines.errors import InputError
 from engines.footprint import params_M
 from engines.latency import environment
 from trainables import checkpoint, deploy
@@ -34,14 +35,30 @@ __all__ = ["compile_engine", "identify", "measure_latency", "measure_quality", "
 def identify(job: Job) -> tuple[dict[str, str], dict[str, Any]]:
     """The hash of the teacher's content, under its setting's name, and the samples on which latency is measured.
 
-    Writes nothing. InputError for a teacher that cannot serve.
+    Writes nothing. InputError for a teacher or model that cannot serve, and for what no trial can do with it: a
+    keep-list pattern that matches no layer, ratios that leave a layer empty.
     """
-    domain, model = domain_of(job), job["settings"].get("model", "teacher")
-    contents = {"teacher": model_hash(domain.teacher())}
-    if model not in WORDS:
-        contents["model"] = model_hash(domain.load(Path(model)))
+    domain, settings = domain_of(job), job["settings"]
+    models = {"teacher": domain.teacher()}
+    if settings.get("model", "teacher") not in WORDS:
+        models["model"] = domain.load(Path(settings["model"])).eval()
+    for key, model in models.items():
+        _refuse_broken(model, f"{key}={settings[key]}")
     sampled = domain.sampled()
-    return contents | domain.contents(), sampled
+    trials = [{**settings, **params} for params in job["trials"]]
+    if "rho" in settings:
+        for params in job["trials"]:
+            domain_of({**job, "params": params}).widths()
+    if "bits_w" in settings:
+        source = models.get("model", models["teacher"])
+        deploy.choices_of(domain, source, *(QuantSettings.among(trial).policy for trial in trials))
+    return {key: model_hash(model) for key, model in models.items()} | domain.contents(), sampled
+
+
+def _refuse_broken(model: nn.Module, what: str) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"{what}: its weight {name} holds NaN or infinity; give the file of a sound training")
 
 
 def prepare(job: Job) -> None:
@@ -58,8 +75,6 @@ def prepare(job: Job) -> None:
             for trial, params in zip(trials, job["trials"], strict=True):
                 pruned(cache, trial, PruneSettings.among({**settings, **params}).steps)
         if "bits_w" in settings:
-            wanted = [QuantSettings.among({**settings, **params}).policy for params in job["trials"]]
-            deploy.choices_of(domain, deploy.source(domain, settings["model"]), *wanted)
             return  # rounding alone may do, and then no training sample is ever needed
         states = any(signal.states for trial in trials for signal in trial.signals())
         for seed in job.get("seeds") or [job["seed"]]:  # each has training samples of its own
@@ -139,15 +154,14 @@ def _trained(job: Job, domain: Domain, own: dict[str, Tensor], teacher: dict[str
     rounding alone, and the own one against that.
     """
     content = checkpoint.load(Path(job["weights"]))
-    policy = deploy.policy_of(Path(job["weights"]))
-    if policy is None:
+    if "quantization" not in content:
         return {}
     route = content["origin"].get("route", "PTQ")
     if route == "PTQ":
         return {"route": route}
     with TemporaryDirectory(dir=job["work_dir"]) as folder:
-        path = Path(folder) / "ptq.onnx"
-        deploy.export_int8(domain, deploy.source(domain, job["settings"]["model"]), policy, path)
+        path, asked = Path(folder) / "ptq.onnx", QuantSettings.among({**job["settings"], **job["params"]})
+        deploy.export_int8(domain, deploy.source(domain, asked.model), asked.policy, path)
         rounded = domain.evaluate(deploy.Engine(path), "test", full=True)
     drops = {"ptq_drop": _drop(job, domain, rounded, teacher), "drop_to_ptq": _drop(job, domain, own, rounded)}
     ends = {"": "value", "_lo": "lo", "_hi": "hi"}
@@ -173,8 +187,7 @@ def compile_engine(job: Job) -> dict[str, Any]:
     policy = deploy.policy_of(Path(job["weights"]))
     assert policy is not None
     made = deploy.compile_int8(domain, model_of(job, domain), policy, path, job["workload_hash"])
-    violations = len(made["keep_list_violations"])
-    return {"trt": made["label"], "trt_int8_share": made["int8_share"], "trt_keep_list_violations": violations}
+    return {"trt": made["label"], **deploy.precision(made)}
 
 
 def _report(job: Job, done: int, total: int) -> None:

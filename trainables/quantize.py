@@ -4,12 +4,14 @@ Epoch 1 is post-training quantization: calibrate, write the INT8 file, validate 
 budget ends the trial there. Otherwise the following epochs fine-tune: in floating point first, with fake quantization
 in the last `qat_share` of them. Those have a learning-rate cycle of their own, and their ranges stand still for the
 last `frozen_share` (as networks under fake quantization settle better: Krishnamoorthi 2018, arXiv:1806.08342, section
-3.2). Every validation is that of the INT8 file that the weights of that epoch give, so a curve shows what would be
-deployed.
+3.2). SmoothQuant belongs to the rounding of finished weights: it ends where fake quantization begins, as from then on
+training itself moves the scales, and what it sees must be what is deployed. Every validation is that of the INT8 file
+that the weights of that epoch give, so a curve shows what would be deployed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engines.policy import QuantPolicy
 from trainables import deploy, fake_quant
 from trainables.config import QuantSettings
 from trainables.distill import Distill
@@ -31,8 +34,12 @@ class Quantize(Distill):
         """The model to quantize and its policy; see :class:`trainables.distill.Distill`."""
         super().build()
         self.quant = QuantSettings.among(self.settings)
-        self.policy = self.quant.policy
         self.faked = False
+
+    @property
+    def policy(self) -> QuantPolicy:
+        """By which the present weights are rounded."""
+        return dataclasses.replace(self.quant.policy, smooth=0.0) if self.faked else self.quant.policy
 
     def _student(self, cache: Path) -> nn.Module:
         return deploy.source(self.domain, self.settings["model"]).train().requires_grad_(True)
@@ -77,10 +84,10 @@ class Quantize(Distill):
             fake_quant.set_ranges(self.model, ranges)
 
     def _insert(self) -> None:
+        self.faked = True
         (chosen,) = deploy.choices_of(self.domain, self.model, self.policy)
         self._nodes = fake_quant.modules_of(chosen, self.model)
         fake_quant.insert(self.model, self._nodes, self.policy, self._look)
-        self.faked = True
 
     @torch.no_grad()
     def _look(self, model: nn.Module) -> None:

@@ -18,9 +18,12 @@ import torch
 from torch import nn
 
 from engines import footprint, peers
-from engines.export import export_onnx
+from engines.errors import InputError
+from engines.export import export_onnx, publish
 from engines.latency import environment, measure, summarise
+from engines.policy import QuantPolicy
 from engines.runtimes import Arrays, OnnxRuntime, Runtime, TorchRuntime
+from engines.tensorrt_run import TensorRTRuntime
 from trainables import deploy
 from trainables.deploy import Job, domain_of, model_of
 from trainables.domain import Domain
@@ -32,6 +35,10 @@ RATIOS = {
     "p50_ratio_fp32": "own torch",
     "p50_ratio_onnxruntime": "own onnxruntime",
 }
+
+# What stands for the model where it can be run, the first of these; and those that run its INT8 form.
+DEPLOYED = ("own tensorrt", "own int8", "own onnxruntime", "own torch", "teacher onnxruntime", "teacher torch")
+INT8 = {"own int8": "onnxruntime int8", "own tensorrt": "tensorrt int8"}
 
 
 def measure_latency(job: Job) -> dict[str, Any]:
@@ -57,13 +64,12 @@ def measure_latency(job: Job) -> dict[str, Any]:
         samples = measure(calls, settings["warmup"], settings["repeats"], seed)
     model = model_of(job, domain) if job["weights"] else domain.teacher()
     names = list(samples)
-    own = next(name for name in ("own int8", "own onnxruntime", "own torch", "teacher onnxruntime", "teacher torch")
-               if name in names)  # fmt: skip
+    own = next(name for name in DEPLOYED if name in names)
     times = {name: summarise(samples, name, seed) for name in names if name in RATIOS.values() or name == own}
     best = times[own][own]
     extra: dict[str, Any] = {key: getattr(best, key) for key in ("p50_lo", "p50_hi", "p95_lo", "p95_hi")}
     for key, reference in RATIOS.items():
-        if reference in times and (own == "own int8" or reference != "own onnxruntime"):
+        if reference in times and (own in INT8 or reference != "own onnxruntime"):
             ratio = times[reference][own]
             extra |= {key: ratio.ratio, f"{key}_lo": ratio.ratio_lo, f"{key}_hi": ratio.ratio_hi}
     kind = own.split()[0]
@@ -77,7 +83,7 @@ def measure_latency(job: Job) -> dict[str, Any]:
         "t_pair_p50_ms": best.p50_ms,
         "t_pair_p95_ms": best.p95_ms,
         "pairs_per_sec": 1000.0 / best.p50_ms,
-        "engine": f"{runtime} int8" if own == "own int8" else runtime,
+        "engine": INT8.get(own, runtime),
         "device": str(state.get("gpu") or state["cpu"]),
         "notes": "; ".join(found["notes"]) or None,
         "extra": {
@@ -115,7 +121,7 @@ def _candidates(
                 "size_MB": footprint.size_MB(path),
                 "vram_GB": memory if device == "cuda" else None,
             }
-            extra = {"export_error": error, **({} if device == "cuda" else {"ram_GB": memory})}
+            extra: dict[str, Any] = {"export_error": error, **({} if device == "cuda" else {"ram_GB": memory})}
         engines[f"{name} torch"] = TorchRuntime(module, device, threads)
         if onnx:
             engines[f"{name} onnxruntime"] = OnnxRuntime(path, device, threads)
@@ -131,9 +137,29 @@ def _candidates(
         engines["own int8"] = OnnxRuntime(path, "cpu", threads)
         extra["size_fp32_MB"] = fields["size_MB"]
         fields["size_MB"] = footprint.size_MB(path)
+        if device == "cuda":
+            engine = _tensorrt(job, domain, models["own"], policy)
+            if isinstance(engine, TensorRTRuntime):
+                engines["own tensorrt"] = engine
+                extra |= {"trt": "executed", **deploy.precision(engine.manifest)}
+            else:
+                notes.append(engine)
     elif job["weights"]:
-        (folder / "own.onnx").replace(deploy.file_of(job))
+        publish(folder / "own.onnx", deploy.file_of(job))
     return engines, {"fields": fields, "extra": extra, "notes": notes, "policy": policy}
+
+
+def _tensorrt(job: Job, domain: Domain, model: nn.Module, policy: QuantPolicy) -> TensorRTRuntime | str:
+    """The INT8 engine for this GPU, built unless it lies there already; why there is none, where it cannot be."""
+    path, workload = Path(job["state_dir"]) / "deployed.trt", job["workload_hash"]
+    try:
+        try:
+            return TensorRTRuntime(path, "cuda", workload, cuda_graph=True)
+        except InputError:  # not built yet, or elsewhere
+            deploy.compile_int8(domain, model, policy, path, workload)
+            return TensorRTRuntime(path, "cuda", workload, cuda_graph=True)
+    except InputError as error:
+        return f"not timed in TensorRT: {error}"
 
 
 def _next_sample(engine: Runtime, samples: list[Arrays]) -> Callable[[], object]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from engines import tensorrt_layers
+from engines.__main__ import main
 from engines.calibrate import Ranges
 from engines.errors import InputError
 from engines.export import export_onnx
@@ -70,6 +71,14 @@ def student() -> nn.Module:
     return new
 
 
+def pruned() -> nn.Module:
+    """The teacher without three tenths of its heads and channels, residual streams included."""
+    whole: Any = teacher()
+    ratios = dict.fromkeys(("enc_heads", "enc_ffn", "dec_heads", "dec_ffn", "residual"), 0.3)
+    new: nn.Module = dust3r.pruning.prune(whole, dust3r.narrow.narrowed(dust3r.Config(**whole.config), ratios))[0]
+    return new
+
+
 TINY = {"enc_embed_dim": 64, "enc_num_heads": 2, "dec_embed_dim": 48, "dec_num_heads": 2, "img_size": (64, 64)}
 
 
@@ -96,7 +105,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(tiny_linear(), tmp_path_factory.mktemp("tiny") / "tiny.onnx", 64)
 
 
-@pytest.mark.parametrize(("make", "gemms", "convolutions"), [(teacher, 92, 1), (student, 68, 1), (tiny_dpt, 42, 61)])
+@pytest.mark.parametrize(
+    ("make", "gemms", "convolutions"), [(teacher, 92, 1), (student, 68, 1), (pruned, 92, 1), (tiny_dpt, 42, 61)]
+)
 def test_all_eligible_products_are_int8_in_the_engine(
     tmp_path: Path, make: Callable[[], nn.Module], gemms: int, convolutions: int
 ) -> None:
@@ -106,8 +117,8 @@ def test_all_eligible_products_are_int8_in_the_engine(
     kinds = [c.kind for c in chosen if c.precision == "int8"]
     assert (kinds.count("gemm"), kinds.count("conv"), len(kinds)) == (gemms, convolutions, gemms + convolutions)
     report = compile_int8(source, tmp_path / "model.trt", policy, made_up_ranges(source, policy), "w0")
-    assert report["int8_share"] == 1.0 and report["precision"]["int8"] == products(chosen)
-    assert report["keep_list_violations"] == [] and report["precision"]["missing"] == []
+    assert report["precision"]["int8_share"] == 1.0 and report["precision"]["int8"] == products(chosen)
+    assert report["precision"]["keep_list_violations"] == [] and report["precision"]["missing"] == []
     assert report["precision"]["kept"] == sum(c.precision == "kept" for c in chosen) > 20
     files = {"model.onnx", "model.qdq.onnx", "model.trt", "model.trt.json"}
     assert {p.name for p in tmp_path.iterdir()} == files
@@ -129,7 +140,7 @@ def test_engine_obeys_other_keep_lists(tiny: Path, tmp_path: Path, keep: tuple[s
     report = compile_int8(tiny, tmp_path / "m.trt", policy, made_up_ranges(tiny, policy), "w0", kept)
     precision = report["precision"]
     assert precision["eligible"] == products(choices(onnx.load(str(tiny)), policy))
-    assert report["int8_share"] == 1.0 and report["keep_list_violations"] == [] and precision["missing"] == []
+    assert precision["int8_share"] == 1.0 and precision["keep_list_violations"] == precision["missing"] == []
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +233,23 @@ def test_a_failed_compilation_leaves_the_earlier_one(small: Path, tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write the engine"):
         compile_int8(small.with_name("small.onnx"), tmp_path / "file" / "m.trt", QuantPolicy(), {}, "w0")
+
+
+def test_an_engine_is_built_from_the_export_of_another_machine(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin, engine = small.with_suffix(".qdq.onnx"), tmp_path / "m.trt"
+    assert main(["build", str(twin), str(engine), "--workload", "w0"]) == 0
+    assert "100 % of the products in INT8, 0 layers against the keep-list" in capsys.readouterr().out
+    built, first = (json.loads(manifest_path(plan).read_text()) for plan in (engine, small))
+    for key in ("policy", "workload", "onnx_sha256", "precision", "layers"):
+        assert built[key] == first[key], key
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    for file, said in (("empty.onnx", "its graph has no node"), ("none.onnx", "not a readable ONNX file")):
+        assert main(["build", str(tmp_path / file), str(tmp_path / "no.trt")]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["build", str(small.with_name("small.onnx")), str(tmp_path / "no.trt")]) == 2
+    assert "no quantization record" in capsys.readouterr().err and not (tmp_path / "no.trt").exists()
 
 
 # ---------------------------------------------------------------------- engines and where they belong
@@ -330,5 +358,5 @@ def test_full_architecture_compiles(tmp_path: Path, record_property: Callable[[s
     report = compile_int8(source, tmp_path / "full.trt", policy, made_up_ranges(source, policy), "w0")
     print(f"full engine: {report['build_s']} s, {report['engine_MB']:.0f} MB")
     record_property("build_s", report["build_s"])
-    assert report["int8_share"] == 1.0 and report["keep_list_violations"] == []
+    assert report["precision"]["int8_share"] == 1.0 and report["precision"]["keep_list_violations"] == []
     assert report["precision"]["missing"] == []

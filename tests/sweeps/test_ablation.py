@@ -42,12 +42,13 @@ def test_effects_are_in_the_log_and_on_the_screen(arms):
     assert effect["says"] in arms[1] and "out is worse than kept" in effect["says"]
 
 
-def test_files_follow_their_suffix_and_the_engine_brings_its_manifest(arms):
+def test_files_follow_their_suffix_and_the_engine_brings_its_manifest_and_source(arms):
     files = arms[0] / "files"
     chosen = json.loads((files / "log.json").read_text())["choice"]["exp_id"]
     assert (files / "best.pth").read_text().startswith("weights") and chosen.startswith("T_kept")
     assert (files / "best.onnx").read_text() == f"graph of {chosen}"
-    assert (files / "best.trt").read_text() == (files / "best.trt.json").read_text() == f"engine of {chosen}"
+    for suffix in ("trt", "trt.json", "qdq.onnx"):
+        assert (files / f"best.{suffix}").read_text() == f"engine of {chosen}"
     assert (files / "out.onnx").read_text() == "graph of T_out_run3", "the last of the arm's seeds"
     (record,) = [t.record for t in SweepState.replay(arms[0] / NAME).trials.values() if t.exp_id == chosen]
     assert record["trt"] == "compiled, not executed" and record["trt_int8_share"] == 1

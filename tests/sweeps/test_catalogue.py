@@ -23,7 +23,8 @@ def test_a_stage_is_what_its_script_says(stage: Stage) -> None:
     assert stage.path.is_file() and (stage.domain, tuple(stage.settings)) == (sweep.domain, tuple(sweep.settings))
     made = {*(trial.saves for trial in sweep.trials), *sweep.best_files, sweep.log, sweep.baseline}
     made |= set(sweep.effect_files)
-    made |= {f"{name}.json" for name in made if name and name.endswith(".trt")} | {"workload.yaml"}
+    engines = [Path(name).stem for name in made if name and name.endswith(".trt")]
+    made |= {f"{stem}.{kind}" for stem in engines for kind in ("trt.json", "qdq.onnx")} | {"workload.yaml"}
     for task in stage.tasks:
         assert task.files and set(task.files) <= made
     by_id = {task.id: task for task in stage.tasks}

@@ -1,5 +1,6 @@
 """Bad input ends in one line and exit code 2, with --dry-run as without, and touches nothing that is there."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from sweeps.journal import Journal, SweepState
 from sweeps.k_grid import K
 from sweeps.launch import run
+from sweeps.spec import Sweep
 from trainables.dust3r.domain import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,3 +168,38 @@ def test_a_password_in_an_address_stays_off_the_screen(tmp_path: Path, capsys: p
         error = capsys.readouterr().err
         assert "hush" not in error and "me:***@" in error and len(error.strip().splitlines()) == 1
     assert not Path(storage).exists()
+
+
+@pytest.mark.parametrize(
+    ("sweep", "setting", "said"),
+    [
+        ("q_ptq_qat", "keep=[layernorm, head_typo*]", "keep pattern 'head_typo*' matches no eligible layer"),
+        ("q_ptq_qat", "calibration=9999", "calibration=9999 needs as many distinct training samples"),
+        ("p_prune", "enc_heads=3.3", "would remove all heads of a layer"),
+        ("aq_prune", "heads=2.4", "would remove all 4 heads of a layer"),
+        ("aq_quantize", "keep=[softmux]", "keep pattern 'softmux' matches no eligible layer"),
+    ],
+)
+def test_what_shows_on_the_model_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, sweep: str, setting: str, said: str
+) -> None:
+    module = importlib.import_module(f"sweeps.{sweep}")
+    (own,) = (value for value in vars(module).values() if isinstance(value, Sweep))
+    for dry in ([], ["--dry-run"]):
+        assert run(own, ["--profile", "demo", "--set", setting, "--storage", str(tmp_path / "runs"), *dry]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_with_a_broken_weight_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    weights = load_file(SHIPPED)
+    header = json.loads(SHIPPED.read_bytes()[8 : 8 + int.from_bytes(SHIPPED.read_bytes()[:8], "little")])
+    weights["dec_norm.weight"][3] = float("nan")
+    path = tmp_path / "broken.pth"
+    torch.save({"model": weights, "config": json.loads(header["__metadata__"]["config"])}, path)
+    assert run(K, ["--dry-run", "--set", f"teacher={path}", "--storage", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert f"teacher={path}: its weight dec_norm.weight holds NaN" in error and error.count("\n") == 1

@@ -116,8 +116,8 @@ def measure_latency(job: dict[str, Any]) -> dict[str, Any]:
 def compile_engine(job: dict[str, Any]) -> dict[str, Any]:
     if os.environ.get("TOY_REFUSES"):
         raise RuntimeError("no compiler here")
-    for suffix in ("", ".json"):
-        (Path(job["state_dir"]) / f"deployed.trt{suffix}").write_text(f"engine of {job['exp_id']}")
+    for suffix in ("trt", "trt.json", "qdq.onnx"):
+        (Path(job["state_dir"]) / f"deployed.{suffix}").write_text(f"engine of {job['exp_id']}")
     return {"trt": "compiled, not executed", "trt_int8_share": 1.0}
 
 

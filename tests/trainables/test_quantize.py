@@ -67,6 +67,15 @@ def test_past_the_budget_it_trains_and_fakes_quantization_in_the_last_share(tiny
     assert apart > 1e-6, "the trained model does see rounded weights and activations"
 
 
+def test_smoothing_ends_where_fake_quantization_begins(tiny):
+    trial = Quantize(config(tiny, "a", smooth=0.5))
+    seen = []
+    for _ in range(5):
+        trial.step()
+        seen.append((trial.faked, trial.exported()["quantization"]["smooth"]))
+    assert seen == [(False, 0.5)] * 3 + [(True, 0.0)] * 2
+
+
 def test_resumed_within_fake_quantization_equals_uninterrupted(tiny):
     straight, cut = config(tiny, "straight"), config(tiny, "cut")
     trial = Quantize(straight)
@@ -142,7 +151,7 @@ def test_a_source_that_cannot_be_quantized_is_named(tiny, tmp_path):
     with pytest.raises(InputError, match=r"keep pattern '\*qkw\*' matches no eligible layer"):
         Quantize(config(tiny, "typo", keep=["*qkw*"])).step()
     with pytest.raises(InputError, match=r"keep pattern '\*qkw\*' matches no eligible layer"):
-        evaluate.prepare({**tiny.job(**QUANT), "trials": [{}, {"keep": ["*qkw*"]}]})
+        evaluate.identify({**tiny.job(**QUANT), "trials": [{}, {"keep": ["*qkw*"]}]})
     job = tiny.job(trains=False, **{**QUANT, "model": str(tmp_path / "none.pth")})
     with pytest.raises(InputError, match="does not exist"):
         evaluate.identify(job)
@@ -165,3 +174,14 @@ def test_the_tensorrt_engine_of_a_smoothed_model_keeps_the_same_layers(tiny):
     assert found == {"trt": "compiled, not executed", "trt_int8_share": 1.0, "trt_keep_list_violations": 0}
     left = {path.name for path in Path(given["state_dir"]).iterdir()}
     assert {"deployed.trt", "deployed.trt.json"} <= left and not [name for name in left if name.startswith(".export")]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_is_timed_is_the_tensorrt_engine(tiny):
+    pytest.importorskip("tensorrt", reason="the extra [trt] is not installed")
+    given = config(tiny, "a", budget=10.0)
+    Quantize(given).step()
+    job = tiny.job(Path(given["state_dir"]) / "best.pth", trains=False, **QUANT) | {"state_dir": given["state_dir"]}
+    found = evaluate.measure_latency(job)
+    assert found["engine"] == "tensorrt int8" and found["extra"]["trt"] == "executed"
+    assert found["extra"]["trt_int8_share"] == 1.0

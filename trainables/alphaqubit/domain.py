@@ -152,9 +152,15 @@ class AlphaQubit:
         """Pruned to `share` of the way to the settings' widths, and refitted to what it was on training shots."""
         teacher = self.teacher()
         assert isinstance(model, Decoder) and isinstance(teacher, Decoder)
-        target = narrowed(teacher._config, DecoderPruneSettings.among(self._settings).channel_ratios)
         shots = self._training.at(torch.arange(FIT_SHOTS))
-        return prune(without_training_heads(model), partway(teacher._config, target, share), *self.inputs(shots))
+        target = partway(teacher._config, self.widths(), share)
+        return prune(without_training_heads(model), target, *self.inputs(shots))
+
+    def widths(self) -> Config:
+        """The teacher's architecture narrowed by the settings' ratios, which all layers share."""
+        teacher = self.teacher()
+        assert isinstance(teacher, Decoder)
+        return narrowed(teacher._config, DecoderPruneSettings.among(self._settings).channel_ratios)
 
     def pruned_id(self) -> str:
         """Hash of the teacher's weights, the ratios, the pruning code and the training shots."""

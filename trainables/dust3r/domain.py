@@ -146,6 +146,11 @@ class Dust3r:
         pruning.refit(model, pruned, kept, self._calibration(CALIBRATION_PAIRS // 2))
         return pruned
 
+    def widths(self) -> Config:
+        """The teacher's architecture narrowed by the settings' ratios, each alike in all layers of its group."""
+        asked = Dust3rPruneSettings.among(self._settings)
+        return narrow.narrowed(Config(**self.teacher().config), asked.channel_ratios)
+
     def pruned_id(self) -> str:
         """Hash of the teacher's weights, the ratios, the pruning code and the calibration pairs."""
         asked = Dust3rPruneSettings.among(self._settings)
@@ -155,10 +160,8 @@ class Dust3r:
     def _narrowed(self) -> Config:
         """The widths that the settings ask for."""
         teacher, asked = self.teacher(), Dust3rPruneSettings.among(self._settings)
-        config = Config(**teacher.config)
-        target = narrow.narrowed(config, asked.channel_ratios)  # refuses what cannot be before time is spent
         if asked.ratios == "uniform":
-            return target
+            return self.widths()
         fast_linear.install(teacher)
         batch = self.samples("train", 2 * torch.arange(SENSITIVITY_PAIRS))  # each of a scene of its own
         batch |= self.teacher_outputs(teacher, batch)
@@ -166,7 +169,8 @@ class Dust3r:
         def moved(model: DUSt3R) -> float:
             return float(self.signal_loss("kl", self.forward(model, batch), batch, nn.ModuleDict()))
 
-        return narrow.narrowed(config, asked.channel_ratios, pruning.sensitivities(teacher, asked.rho, moved))
+        costs = pruning.sensitivities(teacher, asked.rho, moved)
+        return narrow.narrowed(Config(**teacher.config), asked.channel_ratios, costs)
 
     def _calibration(self, count: int) -> Tensor:
         """Training pairs (count, 2, 3, H, W) in [-1, 1], on which a narrower model is fitted to a wider one."""
