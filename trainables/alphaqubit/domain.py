@@ -32,7 +32,7 @@ from trainables.alphaqubit.fusion import FusedTeacher, cached_probes, load_probe
 from trainables.alphaqubit.layout import BOTH
 from trainables.alphaqubit.model import Decoder, Layer, build, without_training_heads
 from trainables.alphaqubit.prune import narrowed, partway, prune
-from trainables.alphaqubit.sampler import Sampler, fixed_shots
+from trainables.alphaqubit.sampler import BLOCK, Sampler, fixed_shots
 from trainables.alphaqubit.settings import (
     SIGNALS,
     DecoderPretrainSettings,
@@ -211,8 +211,25 @@ class AlphaQubit:
         return Sampler(self.workload.experiment, self.workload.workload_seed, split).at(indices)
 
     def pretraining_samples(self, indices: Tensor) -> Batch:
-        """Training shots by index."""
-        return self._training.at(indices)
+        """Training shots by index, block by block of another p; 'label' may be a probability, see `exact_labels`."""
+        which = indices // BLOCK % len(self._mixture)
+        batch: Batch = {}
+        for k in which.unique():
+            sampler, decoder = self._mixture[k]
+            rows, own = which == k, sampler.at(indices[which == k])
+            if decoder:
+                flat = sampler.placement.to_flat(own["events"].numpy())
+                own["label"] = torch.from_numpy(decoder.flips(flat)).float()
+            for name, value in own.items():
+                batch.setdefault(name, value.new_empty(len(indices), *value.shape[1:]))[rows] = value
+        return batch
+
+    @cached_property
+    def _mixture(self) -> list[tuple[Sampler, exact.ExactDecoder | None]]:
+        """The shots that a teacher is trained on, by p, with the exact decoder where it gives the labels."""
+        samplers = [Sampler(self.workload.at(p), self.seed, "train") for p in self.pretrain.mixed_p]
+        soft = self.pretrain.exact_labels and self._has_exact
+        return [(one, exact.ExactDecoder(one.circuit) if soft else None) for one in samplers]
 
     def sampled(self) -> dict[str, Any]:
         """The hash of the test shots, of which the first ones are those that are timed."""

@@ -11,6 +11,7 @@ from engines.errors import InputError
 from sweeps.settings import DECODER, DECODER_SIZES, DECODER_WORKLOAD, resolve
 from trainables import checkpoint
 from trainables.alphaqubit.fusion import FusedTeacher
+from trainables.alphaqubit.sampler import Sampler
 from trainables.alphaqubit.settings import SIGNALS
 from trainables.distill import Distill
 from trainables.pretrain import Pretrain
@@ -231,3 +232,22 @@ def test_the_package_has_a_teacher_per_distance(aq):
         assert aq.domain(teacher="shipped", distance=distance).teacher().config["distance"] == distance
     with pytest.raises(InputError, match=r"none of distance 7 comes with the package \(of 3, 5\)"):
         aq.domain(teacher="shipped", distance=7).teacher()
+
+
+def test_a_teacher_learns_probabilities_where_the_exact_decoder_gives_them(aq):
+    both = {"mixed_p": [0.005, 0.01], "exact_labels": True}
+    domain = aq.domain(**both)
+    shots = domain.pretraining_samples(torch.arange(1000, 1048))  # the end of one block and the start of the next
+    label = shots["label"]
+    assert label.shape == (48, 1) and label.dtype == torch.float32 and ((label > 0) & (label < 1)).any()
+    for p, rows in ((0.005, slice(0, 24)), (0.01, slice(24, 48))):
+        own = Sampler(domain.workload.at(p), domain.seed, "train").at(torch.arange(1000, 1048)[rows])
+        assert torch.equal(shots["events"][rows], own["events"])
+    many = domain.pretraining_samples(torch.arange(8192))
+    flips = aq.domain(mixed_p=[0.005, 0.01]).pretraining_samples(torch.arange(8192))
+    assert torch.equal(many["events"], flips["events"]) and set(flips["label"].unique().tolist()) == {0, 1}
+    off = float((many["label"] - flips["label"].float()).mean())
+    spread = float((many["label"] * (1 - many["label"])).sum().sqrt() / 8192)
+    assert abs(off) < 4 * spread, "probabilities that come true"
+    far = aq.domain(distance=5, **both).pretraining_samples(torch.arange(64))["label"]
+    assert far.dtype == torch.uint8, "no exact decoder there: the flips themselves"
