@@ -214,9 +214,9 @@ class AlphaQubit:
         """Training shots by index, block by block of another p; 'label' may be a probability, see `exact_labels`."""
         which = indices // BLOCK % len(self._mixture)
         batch: Batch = {}
-        for k in which.unique():
-            sampler, decoder = self._mixture[k]
-            rows, own = which == k, sampler.at(indices[which == k])
+        for k, (sampler, decoder) in enumerate(self._mixture):
+            rows = which == k
+            own = sampler.at(indices[rows])
             if decoder:
                 flat = sampler.placement.to_flat(own["events"].numpy())
                 own["label"] = torch.from_numpy(decoder.flips(flat)).float()
