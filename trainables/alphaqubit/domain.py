@@ -152,7 +152,7 @@ class AlphaQubit:
         """Pruned to `share` of the way to the settings' widths, and refitted to what it was on training shots."""
         teacher = self.teacher()
         assert isinstance(model, Decoder) and isinstance(teacher, Decoder)
-        shots = self._training.at(torch.arange(FIT_SHOTS))
+        shots = self.samples("train", torch.arange(FIT_SHOTS))
         target = partway(teacher._config, self.widths(), share)
         return prune(without_training_heads(model), target, *self.inputs(shots))
 
@@ -197,8 +197,9 @@ class AlphaQubit:
         return self.workload.test_shots if split == "test" else self.workload.val_shots
 
     @cached_property
-    def _training(self) -> Sampler:
-        return Sampler(self.workload.at(self.distill.train_p), self.seed, "train")
+    def _training(self) -> dict[str, Sampler]:
+        experiment = self.workload.at(self.distill.train_p)
+        return {split: Sampler(experiment, self.seed, split) for split in ("train", "probes")}
 
     def contents(self) -> dict[str, str]:
         """None: shots are simulated."""
@@ -206,19 +207,21 @@ class AlphaQubit:
 
     def samples(self, split: str, indices: Tensor) -> Batch:
         """Shots by index, see :class:`trainables.alphaqubit.sampler.Sampler`; of training at its own noise."""
-        if split == "train":
-            return self._training.at(indices)
+        if split in self._training:
+            return self._training[split].at(indices)
         return Sampler(self.workload.experiment, self.workload.workload_seed, split).at(indices)
 
     def pretraining_samples(self, indices: Tensor) -> Batch:
-        """Training shots by index, block by block of another p; 'label' may be a probability, see `exact_labels`."""
+        """Shots of a teacher's training by index, block by block of another p; 'label' may be a probability, see
+        `exact_labels`.
+        """
         which = indices // BLOCK % len(self._mixture)
         batch: Batch = {}
-        for k, (sampler, decoder) in enumerate(self._mixture):
+        for k, (shots, decoder) in enumerate(self._mixture):
             rows = which == k
-            own = sampler.at(indices[rows])
+            own = shots.at(indices[rows])
             if decoder:
-                flat = sampler.placement.to_flat(own["events"].numpy())
+                flat = shots.placement.to_flat(own["events"].numpy())
                 own["label"] = torch.from_numpy(decoder.flips(flat)).float()
             for name, value in own.items():
                 batch.setdefault(name, value.new_empty(len(indices), *value.shape[1:]))[rows] = value
@@ -227,7 +230,7 @@ class AlphaQubit:
     @cached_property
     def _mixture(self) -> list[tuple[Sampler, exact.ExactDecoder | None]]:
         """The shots that a teacher is trained on, by p, with the exact decoder where it gives the labels."""
-        samplers = [Sampler(self.workload.at(p), self.seed, "train") for p in self.pretrain.mixed_p]
+        samplers = [Sampler(self.workload.at(p), self.seed, "pretrain") for p in self.pretrain.mixed_p]
         soft = self.pretrain.exact_labels and self._has_exact
         return [(one, exact.ExactDecoder(one.circuit) if soft else None) for one in samplers]
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +31,6 @@ from trainables.teacher_cache import locked
 from trainables.training import Training
 
 HEADS = (*FEATURES, "readout")
-OWN_SEED = 1_000_003  # above the workload's: probes learn from shots that no student of a usual seed sees
 
 
 class Probes(nn.Module):
@@ -109,7 +109,7 @@ def cached_probes(folder: Path, decoder: Decoder, workload: DecoderWorkload, dis
     shots = min(fit.epochs * fit.samples_per_epoch, distill.train_samples)
     fit = fit.model_copy(update={"epochs": 1, "samples_per_epoch": shots})
     settings = {**workload.model_dump(mode="json"), **fit.model_dump(mode="json")}
-    seed = workload.workload_seed + OWN_SEED
+    seed = workload.workload_seed
     domain = make_domain("alphaqubit", settings, {}, seed)
     how = fit.model_dump(mode="json", exclude={"teacher"})
     content = [model_hash(decoder), domain.data_id(), domain.split_id("val"), how]
@@ -144,7 +144,7 @@ class Fuse(Training):
         """Shots never seen before, drawn by a thread ahead of their use."""
         size = self.settings["batch_size"]
         first = (epoch - 1) * self.steps_per_epoch * size
-        return fresh(self.domain.pretraining_samples, first, self.steps_per_epoch, size)
+        return fresh(partial(self.domain.samples, "probes"), first, self.steps_per_epoch, size)
 
     def _heads(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -33,7 +33,8 @@ Batch = dict[str, Tensor]
 
 LABELS = ("observable", "xz", "ixyz")
 BLOCK = 1024
-SPLITS = ("train", "val", "test")
+# Teachers, the probes on their states, and students each have training shots of their own.
+SPLITS = ("pretrain", "probes", "train", "val", "test")
 # The logical error that flips (X observable, Z observable): I, Z, X, Y as classes 0, 3, 1, 2.
 CLASSES = np.array([[0, 1], [3, 2]], np.uint8)
 

@@ -108,7 +108,7 @@ class DecoderPretrainSettings(LearningSettings):
 
     samples_per_epoch: Count = 102400
     lr: Positive = 6e-3
-    mixed_p: tuple[Rate, ...] = Field((0.01,), min_length=1)
+    mixed_p: tuple[Rate, ...] = Field((0.005, 0.01), min_length=1)
     exact_labels: bool = False
     rounds_weight: NotNegative = 0.0
     next_weight: NotNegative = 0.0

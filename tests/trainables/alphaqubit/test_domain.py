@@ -241,7 +241,7 @@ def test_a_teacher_learns_probabilities_where_the_exact_decoder_gives_them(aq):
     label = shots["label"]
     assert label.shape == (48, 1) and label.dtype == torch.float32 and ((label > 0) & (label < 1)).any()
     for p, rows in ((0.005, slice(0, 24)), (0.01, slice(24, 48))):
-        own = Sampler(domain.workload.at(p), domain.seed, "train").at(torch.arange(1000, 1048)[rows])
+        own = Sampler(domain.workload.at(p), domain.seed, "pretrain").at(torch.arange(1000, 1048)[rows])
         assert torch.equal(shots["events"][rows], own["events"])
     many = domain.pretraining_samples(torch.arange(8192))
     flips = aq.domain(mixed_p=[0.005, 0.01]).pretraining_samples(torch.arange(8192))
