@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import stim
 import torch
 from torch import Tensor, nn
 
 from engines.errors import InputError
 from trainables import checkpoint
 from trainables.alphaqubit.layout import BOTH, Placement
+from trainables.alphaqubit.lines import between, observable_lines
 from trainables.alphaqubit.model import Decoder, build
 from trainables.alphaqubit.sampler import CLASSES
 
@@ -40,8 +43,18 @@ def read(path: Path) -> Decoder:
     return model
 
 
-def fitted(model: Decoder, placement: Placement, observables: int) -> Placement:
-    """Where a circuit's detectors go for this decoder; InputError, without a subject, where it cannot decode them.
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """How a decoder is used on a circuit: where its detectors go, and for every observable the stabilizers (slots)
+    whose final parities lie between the line that the decoder answers for, the first, and the circuit's.
+    """
+
+    placement: Placement
+    between: list[np.ndarray]
+
+
+def fitted(model: Decoder, placement: Placement, dem: stim.DetectorErrorModel) -> Fit:
+    """How this decoder decodes a circuit with these errors; InputError, without a subject, where it cannot.
 
     A decoder of one basis decodes a memory of the other as well, by the code's own symmetry, though less well where the
     circuit has not that symmetry: see :meth:`~trainables.alphaqubit.layout.Placement.exchanged`.
@@ -57,12 +70,13 @@ def fitted(model: Decoder, placement: Placement, observables: int) -> Placement:
                 f"sweeps/aq_pretrain.py --set {wanted}) or give another circuit"
             )
     expected = 1 if config["outputs"] == "observable" else 2
-    if observables != expected:
+    if dem.num_observables != expected:
         raise InputError(
-            f"the circuit has {observables} observables, the decoder with outputs={config['outputs']} predicts "
+            f"the circuit has {dem.num_observables} observables, the decoder with outputs={config['outputs']} predicts "
             f"{expected}: keep as many in the circuit"
         )
-    return placement if layout.basis == config["basis"] else placement.exchanged()
+    placed = placement if layout.basis == config["basis"] else placement.exchanged()
+    return Fit(placed, between(placed, observable_lines(dem, placed)))
 
 
 @torch.no_grad()
@@ -83,11 +97,14 @@ def flips(logits: Tensor, outputs: str) -> np.ndarray:
     return np.asarray((logits > 0).numpy().astype(np.uint8))
 
 
-def decode(model: Decoder, placement: Placement, flat: np.ndarray) -> np.ndarray:
-    """:func:`flips` from detection events (N, D) in a circuit's order; placement: of :func:`fitted`."""
-    grid = placement.to_grid(flat)
-    bits = (torch.from_numpy(part) for part in (grid, placement.measurements(grid)))
-    return flips(logits(model, *bits), model.config["outputs"])
+def decode(model: Decoder, fit: Fit, flat: np.ndarray) -> np.ndarray:
+    """:func:`flips` of a circuit's own observables, from its detection events (N, D); fit: of :func:`fitted`."""
+    grid = fit.placement.to_grid(flat)
+    outcomes = fit.placement.measurements(grid)
+    found = flips(logits(model, torch.from_numpy(grid), torch.from_numpy(outcomes)), model.config["outputs"])
+    for observable, slots in enumerate(fit.between):
+        found[:, observable] ^= np.bitwise_xor.reduce(outcomes[:, -1, slots], axis=1)
+    return found
 
 
 def label_flips(label: Tensor, outputs: str) -> np.ndarray:

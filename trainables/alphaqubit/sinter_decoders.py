@@ -22,8 +22,8 @@ import stim
 import torch
 
 from engines.errors import InputError
-from trainables.alphaqubit.decisions import SHIPPED, decode, fitted, read
-from trainables.alphaqubit.layout import Placement, layout_of
+from trainables.alphaqubit.decisions import SHIPPED, Fit, decode, fitted, read
+from trainables.alphaqubit.layout import layout_of
 from trainables.alphaqubit.model import Decoder
 
 VARIABLES = {"slimsweep_teacher": "SLIMSWEEP_TEACHER", "slimsweep_student": "SLIMSWEEP_STUDENT"}
@@ -32,14 +32,14 @@ VARIABLES = {"slimsweep_teacher": "SLIMSWEEP_TEACHER", "slimsweep_student": "SLI
 class CompiledNeural(sinter.CompiledDecoder):  # type: ignore[misc]
     """A decoder for the detectors of one DEM."""
 
-    def __init__(self, model: Decoder, placement: Placement) -> None:
-        self._model, self._placement = model, placement
+    def __init__(self, model: Decoder, fit: Fit) -> None:
+        self._model, self._fit = model, fit
 
     def decode_shots_bit_packed(self, *, bit_packed_detection_event_data: np.ndarray) -> np.ndarray:
         """Predicted flips (N, ceil(observables / 8)) uint8, bits from the lowest; the data alike."""
-        count = len(self._placement.layer)
+        count = len(self._fit.placement.layer)
         flat = np.unpackbits(bit_packed_detection_event_data, axis=1, count=count, bitorder="little")
-        found = decode(self._model, self._placement, flat)
+        found = decode(self._model, self._fit, flat)
         return np.packbits(found, axis=1, bitorder="little")
 
 
@@ -62,14 +62,14 @@ class Neural(sinter.Decoder):  # type: ignore[misc]
             key=lambda path: [models[path].config[key] != getattr(layout, key) for key in ("distance", "basis")],
         )
         try:
-            fit = fitted(models[nearest], placement, dem.num_observables)
+            fit = fitted(models[nearest], placement, dem)
         except InputError as error:
             raise InputError(f"{self.name} ({nearest}): {error}") from None
-        if fit is not placement:
+        if fit.placement is not placement:
             warnings.warn(
-                f"{self.name}: {nearest} is of basis {fit.layout.basis} and decodes a circuit of basis {layout.basis} "
-                f"by the code's symmetry, less well than weights of its own: python sweeps/aq_pretrain.py --set "
-                f"basis={layout.basis} trains them",
+                f"{self.name}: {nearest} is of basis {fit.placement.layout.basis} and decodes a circuit of basis "
+                f"{layout.basis} by the code's symmetry, less well than weights of its own: python "
+                f"sweeps/aq_pretrain.py --set basis={layout.basis} trains them",
                 stacklevel=2,
             )
         return CompiledNeural(models[nearest], fit)
