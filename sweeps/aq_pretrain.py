@@ -15,7 +15,7 @@ from trainables.pretrain import Pretrain
 AQ = Sweep(
     stage="AQ0", domain="alphaqubit", trainable=Pretrain,
     settings=(DECODER_WORKLOAD, DECODER_SIZES, DECODER_PRETRAIN),
-    changes={"demo": dict(size="teacher"), "small": dict(size="teacher")},
+    changes={"demo": dict(size="teacher"), "small": dict(size="teacher"), "full": dict(size="scaling")},
     trials=[Trial("AQ-0", combo="pretrain", saves="teacher_decoder.pth")],
     log="aq_pretrain_log.json", sample_cpu_s=0.00025,
 )  # fmt: skip

@@ -22,7 +22,7 @@ AQ = Sweep(
         Trial("AQ-P1", rho=0.2, saves="aq_pruned_r020.pth"),
         Trial("AQ-P2", rho=0.4, saves="aq_pruned_r040.pth", gates=[SMALLER]),
     ],
-    space=dict(rho=uniform(0.2, 0.6), heads=uniform(0, 1.5), hidden=uniform(0, 1.5), conv=uniform(0, 1.5)),
+    space=dict(rho=uniform(0.2, 0.6), heads=uniform(0, 1.4), hidden=uniform(0, 1.4), conv=uniform(0, 1.4)),
     search_task="AQ-P-search", search_gates=[SMALLER], best="aq_pruned_best.pth", log="aq_prune_eval.json",
     sample_cpu_s=0.0004,
 )  # fmt: skip

@@ -7,7 +7,7 @@ python sweeps/aq_stage2.py --set fusion=PROBES --set model=STAGE1.pth    # a Sta
 
 from sweeps.launch import main
 from sweeps.settings import DECODER, DECODER_SIZES, DECODER_WORKLOAD
-from sweeps.spec import Gate, Sweep, Trial, linear
+from sweeps.spec import Gate, Sweep, Trial, linear, loguniform, one_of, uniform
 from trainables import evaluate
 from trainables.distill import Distill
 
@@ -19,7 +19,11 @@ AQ = Sweep(
         Trial("AQ-4", combo="stage2", keyparams="decayed", beta=0, fused=0.7, transformer=linear(0.01, 0),
               rnn=linear(0.01, 0)),
     ],
-    best="aq_stage2_best.pth", log="aq_stage2.json", sample_cpu_s=0.0003,
+    space=dict(
+        T=uniform(1, 4), beta=one_of(0.0, 0.3), fused=uniform(0.2, 1), transformer=one_of(0.0, linear(0.01, 0)),
+        rnn=one_of(0.0, linear(0.01, 0)), readout=one_of(0.0, 0.3), lr=loguniform(1e-3, 1e-2),
+    ),
+    search_task="AQ-4-search", best="aq_stage2_best.pth", log="aq_stage2.json", sample_cpu_s=0.0003,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ ALPHAQUBIT = (
     ], [Needs("AQ-1", gate=False)], {"demo": 0.005}),
     Stage("AQ-3", "alphaqubit", "aq_fusion.py", (DECODER_WORKLOAD, DECODER_FUSION), [
         Task("AQ-3", "fused logits: probes and readout", ("aq_probes.pth",),
-             (Gate("ler_transformer", at_most=0.5), Gate("ler_rnn", at_most=0.5))),  # better than a coin
+             (Gate("gain_transformer", at_least=0), Gate("gain_rnn", at_least=0))),  # better than a constant answer
     ], cpu_hours={"demo": 0.006}),
     Stage("AQ-4", "alphaqubit", "aq_stage2.py", _DECODER, [
         Task("AQ-4", "Stage 2 from Stage 1, fused logits", ("aq_stage2.pth",), (drop(0.03),)),

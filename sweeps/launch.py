@@ -36,6 +36,8 @@ from sweeps.settings import Resolved, digest, resolve
 from sweeps.spec import Sweep
 from sweeps.tracking import Tracker, check_reachable, default_uri
 from sweeps.training import rule_of, train
+from trainables.config import WORDS
+from trainables.domain import DOMAINS, make_domain
 
 FLUSH_S = 60.0
 NOTHING = 1
@@ -138,9 +140,13 @@ def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
     resolved = resolve(sweep.settings, given.profile, _started(sweep, given), sweep.changes.get(given.profile, {}))
     refuse_hidden(sweep, given.overrides)
     kinds = _kinds(sweep, given)
+    for trial in sweep.trials:  # what its values alone rule out, before anything looks at a model
+        Planner(sweep, resolved, given.seed).plan(trial, seed=given.seed)
     if sweep.measure:
         job = {"domain": sweep.domain, "settings": dict(resolved.values), "seed": given.seed, "trials": kinds}
         resolved = resolved.identified(*sweep.measure.identify(job))
+    elif sweep.domain in DOMAINS:
+        make_domain(sweep.domain, resolved.values, {}, given.seed)  # refuses what its data cannot be
     planner = Planner(sweep, resolved, given.seed)
     teacher = [planner.teacher()] if sweep.measure else []
     seeds = range(given.seed, given.seed + (given.seeds or sweep.seeds))
@@ -167,9 +173,16 @@ def _kinds(sweep: Sweep, given: flags.Flags) -> list[Mapping[str, Any]]:
 
 def _started(sweep: Sweep, given: flags.Flags) -> dict[str, Any]:
     """The overrides, with the model of the earlier stage that the sweep starts from."""
-    if not sweep.starts_from or "model" in given.overrides:
+    if not sweep.starts_from:
         return given.overrides
     stage, file = sweep.starts_from
+    if given.overrides.get("model") in WORDS:
+        raise InputError(
+            f"--set model={given.overrides['model']}: this sweep goes on from a student of {stage}; give its file, or "
+            "leave model out to take the best one that MLflow knows"
+        )
+    if "model" in given.overrides:
+        return given.overrides
     uri = given.tracking_uri or default_uri(given.storage)
     found = best_of(uri, stage, file, sweep.domain, given.profile, given.storage / "cache" / "models")
     return {**given.overrides, "model": str(found)}

@@ -7,6 +7,7 @@ latency alone on its device and interleaved with the teacher, so that the ratio 
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +50,15 @@ def identify(job: Job) -> tuple[dict[str, str], dict[str, Any]]:
     if "rho" in settings:
         for params in job["trials"]:
             domain_of({**job, "params": params}).widths()
+    if "model" in settings and "bits_w" not in settings:
+        for params in job["trials"]:  # the student that a stage goes on from
+            student = domain_of({**job, "params": params}).student(inherit=False)
+        if job["trials"] and params_M(student) > params_M(models["teacher"]):
+            print(
+                f"warning: the student has more parameters ({1e6 * params_M(student):,.0f}) than its teacher "
+                f"({1e6 * params_M(models['teacher']):,.0f}): give a larger teacher with --set teacher=FILE",
+                file=sys.stderr,
+            )
     if "bits_w" in settings:
         source = models.get("model", models["teacher"])
         deploy.choices_of(domain, source, *(QuantSettings.among(trial).policy for trial in trials))

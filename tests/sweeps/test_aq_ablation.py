@@ -81,7 +81,7 @@ def test_one_cache_per_seed_and_one_set_of_probes_serve_all_arms(ablation):
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(["--set", "fusion=none"], "give fusion=cached"), (["--set", "fusion=gone.pth"], "gone.pth does not exist")],
+    [(["--set", "fusion=none"], "give fusion=cached"), (["--set", "fusion=gone.pth"], "gone.pth: no such file")],
 )
 def test_fused_arms_without_probes_are_refused_in_one_line(capsys, tmp_path, teacher, flags, said):
     flags = [*flags, "--set", f"teacher={teacher}", "--storage", str(tmp_path / "runs")]

@@ -34,7 +34,7 @@ def test_a_stage_is_what_its_script_says(stage: Stage) -> None:
         gates = [*([sweep.gate] if sweep.gate else []), *trial.gates]
         task = by_id[trial.task_id]
         owned = trial.saves is None or trial.saves in task.files
-        assert not owned or all(gate in gates or gate.metric.startswith("ler_") for gate in task.gates), task.id
+        assert not owned or all(gate in gates or gate.metric.startswith("gain_") for gate in task.gates), task.id
     # A stage that is started with an earlier stage's file takes the one that the script alone would look for.
     if sweep.starts_from:
         (own,) = [need for need in stage.needs if need.setting == "model"]

@@ -16,6 +16,7 @@ from sweeps.journal import Journal, SweepState
 from sweeps.k_grid import K
 from sweeps.launch import run
 from sweeps.spec import Sweep
+from trainables.alphaqubit.decisions import SHIPPED as DECODER
 from trainables.dust3r.domain import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,3 +204,28 @@ def test_a_teacher_with_a_broken_weight_is_refused(capsys: pytest.CaptureFixture
     assert run(K, ["--dry-run", "--set", f"teacher={path}", "--storage", str(tmp_path / "runs")]) == 2
     error = capsys.readouterr().err
     assert f"teacher={path}: its weight dec_norm.weight holds NaN" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("sweep", "settings", "said"),
+    [
+        ("aq_stage2", ["fusion=cached", "model=scratch"], "goes on from a student of AQ2; give its file"),
+        ("aq_stage2", ["fusion=cached", f"model={DECODER}"], "is of another shape than size=student"),
+        ("aq_fusion", ["teacher=/none.pth"], "/none.pth does not exist"),
+        ("aq_fusion", ["distance=7"], "none of distance 7 comes with the package"),
+        ("aq_fusion", ["outputs=xz"], "is of basis=Z, the workload of basis=XZ"),
+        ("aq_baseline", ["noise=si1000", "train_p=0.2"], "0.2"),
+        ("aq_pretrain", ["noise=si1000", "mixed_p=[0.2]"], "0.2"),
+        ("aq_pretrain", ["outputs=ixyz", "rounds_weight=0.1"], "--set rounds_weight=0"),
+    ],
+)
+def test_a_decoder_sweep_that_cannot_be_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, sweep: str, settings: list[str], said: str
+) -> None:
+    module = importlib.import_module(f"sweeps.{sweep}")
+    (own,) = (value for value in vars(module).values() if isinstance(value, Sweep))
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert run(own, ["--dry-run", "--profile", "demo", "--storage", str(tmp_path / "runs"), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+    assert not (tmp_path / "runs").exists()

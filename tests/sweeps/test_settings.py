@@ -152,7 +152,7 @@ def test_the_workload_hash_follows_its_listed_pairs() -> None:
 
     def hashed(**changes: object) -> str:
         resolved: Resolved = resolve(SHIPPED, "demo", changes)
-        job = {"domain": "dust3r", "settings": dict(resolved.values), "seed": 1}
+        job = {"domain": "dust3r", "settings": dict(resolved.values), "seed": 1, "trials": []}
         return resolved.identified(*evaluate.identify(job)).workload_hash
 
     assert hashed() == hashed(lr=1e-3) != hashed(workload_seed=43)

@@ -30,9 +30,10 @@ from trainables.alphaqubit.config import Config
 from trainables.alphaqubit.deployed import Deployed
 from trainables.alphaqubit.fusion import FusedTeacher, cached_probes, load_probes
 from trainables.alphaqubit.layout import BOTH
+from trainables.alphaqubit.mixture import Mixture
 from trainables.alphaqubit.model import Decoder, Layer, build, without_training_heads
 from trainables.alphaqubit.prune import narrowed, partway, prune
-from trainables.alphaqubit.sampler import BLOCK, Sampler, fixed_shots
+from trainables.alphaqubit.sampler import Sampler, fixed_shots
 from trainables.alphaqubit.settings import (
     SIGNALS,
     DecoderPretrainSettings,
@@ -72,6 +73,14 @@ class AlphaQubit:
         self.pretrain = DecoderPretrainSettings.among(settings)
         self.sizes = DecoderSizes.among(settings)
         self._settings, self.seed, self.primary, self._cache = settings, seed, self.workload.primary, cache
+        for p in {self.distill.train_p, *self.pretrain.mixed_p}:
+            self.workload.at(p)  # InputError where the noise has no such circuit
+        rounds_weight = self.distill.rounds_weight or self.pretrain.rounds_weight
+        if rounds_weight and self.workload.outputs != "observable":
+            raise InputError(
+                f"rounds_weight={rounds_weight:g} with outputs={self.workload.outputs}: the flips after every round "
+                "are known for outputs=observable only; --set rounds_weight=0"
+            )
 
     # ------------------------------------------------------------------ models
     @property
@@ -212,27 +221,13 @@ class AlphaQubit:
         return Sampler(self.workload.experiment, self.workload.workload_seed, split).at(indices)
 
     def pretraining_samples(self, indices: Tensor) -> Batch:
-        """Shots of a teacher's training by index, block by block of another p; 'label' may be a probability, see
-        `exact_labels`.
-        """
-        which = indices // BLOCK % len(self._mixture)
-        batch: Batch = {}
-        for k, (shots, decoder) in enumerate(self._mixture):
-            rows = which == k
-            own = shots.at(indices[rows])
-            if decoder:
-                flat = shots.placement.to_flat(own["events"].numpy())
-                own["label"] = torch.from_numpy(decoder.flips(flat)).float()
-            for name, value in own.items():
-                batch.setdefault(name, value.new_empty(len(indices), *value.shape[1:]))[rows] = value
-        return batch
+        """Shots of a teacher's training by index, see :class:`trainables.alphaqubit.mixture.Mixture`."""
+        return self._mixture.at(indices)
 
     @cached_property
-    def _mixture(self) -> list[tuple[Sampler, exact.ExactDecoder | None]]:
-        """The shots that a teacher is trained on, by p, with the exact decoder where it gives the labels."""
-        samplers = [Sampler(self.workload.at(p), self.seed, "pretrain") for p in self.pretrain.mixed_p]
-        soft = self.pretrain.exact_labels and self._has_exact
-        return [(one, exact.ExactDecoder(one.circuit) if soft else None) for one in samplers]
+    def _mixture(self) -> Mixture:
+        experiments = [self.workload.at(p) for p in self.pretrain.mixed_p]
+        return Mixture(experiments, self.seed, self.pretrain.exact_labels and self._has_exact)
 
     def sampled(self) -> dict[str, Any]:
         """The hash of the test shots, of which the first ones are those that are timed."""
@@ -320,6 +315,11 @@ class AlphaQubit:
             found["ler_exact"] = torch.where(logits[:, 0] > 0, 1 - flipped, flipped)
         return found
 
+    def chance(self, split: str) -> float:
+        """The error rate of the best constant answer on a fixed split."""
+        label = self._fixed(split)["label"].numpy()
+        return 1 - float(np.unique(label, axis=0, return_counts=True)[1].max()) / len(label)
+
     def compare(self, own: dict[str, Tensor], split: str) -> dict[str, float]:
         """Error rates beside those of other decoders on the same shots; see :mod:`trainables.alphaqubit.compare`."""
         limit = None
@@ -329,8 +329,8 @@ class AlphaQubit:
         return compare.measures(own, self.workload.experiment, self._fixed(split), limit, self.workload.workload_seed)
 
     def pace(self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None = None) -> dict[str, float]:
-        """Microseconds per shot and per layer of detectors at batch 1, and per shot at batch BATCH in ONNX Runtime;
-        those of matching per shot at batch 1.
+        """Microseconds per shot and per layer of detectors at batch 1, and at batch BATCH in ONNX Runtime; those of
+        matching per shot at batch 1.
         """
         w = self.workload
         found = {"us_per_shot": 1000 * p50_ms, "us_per_round": 1000 * p50_ms / (w.rounds + 1)}
@@ -350,7 +350,8 @@ class AlphaQubit:
                 return found
             times = measure({"batch": lambda: engine.run(arrays)}, 1, max(5, w.repeats // 6), w.workload_seed)["batch"]
             engine.close()
-        return {**found, f"us_per_shot_{BATCH}": 1000 * float(np.median(times)) / BATCH}
+        shot = 1000 * float(np.median(times)) / BATCH
+        return {**found, f"us_per_shot_{BATCH}": shot, f"us_per_round_{BATCH}": shot / (w.rounds + 1)}
 
     @property
     def _has_exact(self) -> bool:

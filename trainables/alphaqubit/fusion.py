@@ -88,6 +88,8 @@ def probes_for(decoder: Decoder, weights: Sequence[float] = (1, 1, 1)) -> Probes
 
 def load_probes(path: Path, decoder: Decoder) -> Probes:
     """Probes of a file that :class:`Fuse` left; InputError where they are not of this teacher."""
+    if not path.is_file():
+        raise InputError(f"fusion={path}: no such file; python sweeps/aq_fusion.py leaves one, aq_probes.pth")
     config, weights = checkpoint.read_model(path)
     if config.get("teacher") != checkpoint.model_hash(decoder):
         raise InputError(f"fusion={path}: probes of another teacher; run python sweeps/aq_fusion.py with this one")
@@ -136,7 +138,7 @@ class Fuse(Training):
         teacher = self.domain.teacher()
         assert isinstance(teacher, Decoder)
         self.teacher = teacher
-        self.model = probes_for(teacher, {**self.settings, **self.config["params"]}["fusion_weights"])
+        self.model = self.probes = probes_for(teacher, {**self.settings, **self.config["params"]}["fusion_weights"])
         self.trained = nn.ModuleList([self.model])
         self.reference: Tensor | None = None
 
@@ -146,21 +148,17 @@ class Fuse(Training):
         first = (epoch - 1) * self.steps_per_epoch * size
         return fresh(partial(self.domain.samples, "probes"), first, self.steps_per_epoch, size)
 
-    def _heads(self, batch: Batch) -> dict[str, Tensor]:
-        with torch.no_grad():
-            features = self.teacher.to(self.device).features(*self.domain.inputs(batch))
-        found: dict[str, Tensor] = self.model(features)
-        return found
-
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The cross entropies of the probes, each on its own."""
-        found, outputs = self._heads(batch), str(self.settings["outputs"])
+        with torch.no_grad():
+            features = self.teacher.to(self.device).features(*self.domain.inputs(batch))
+        found, outputs = self.model(features), str(self.settings["outputs"])
         parts = {name: label_loss(found[name], batch["label"], outputs) for name in FEATURES}
         return torch.stack(list(parts.values())).sum(), parts
 
     def validate(self) -> dict[str, float]:
         """Error rate of every head and of the fusion, and the fusion's drop against the teacher's own readout."""
-        rates = {name: self.domain.evaluate(_Head(self, name), "val") for name in (*HEADS, "fused")}
+        rates = {name: self.domain.evaluate(Head(self.teacher, self.probes, name), "val") for name in (*HEADS, "fused")}
         own, base = rates["fused"]["ler"], rates["readout"]["ler"]
         fall = paired_drop(own.numpy(), base.numpy(), True, seed=self.seed)
         drops = {"val_drop": fall.value, "val_drop_lo": fall.lo, "val_drop_hi": fall.hi}
@@ -172,13 +170,15 @@ class Fuse(Training):
         return {"model": self.model.state_dict(), "config": self.model.config}
 
 
-class _Head(nn.Module):
-    """One head's logits behind the call of a decoder."""
+class Head(nn.Module):
+    """One head's logits, of HEADS or 'fused', behind the call of a decoder."""
 
-    def __init__(self, fuse: Fuse, name: str) -> None:
+    def __init__(self, teacher: Decoder, probes: Probes, name: str) -> None:
         super().__init__()
-        self._fuse, self._name, self._weights = fuse, name, fuse.model
+        self._teacher, self._probes, self._name = teacher, probes, name
 
     def forward(self, events: Tensor, measurements: Tensor) -> Tensor:
-        found = self._fuse._heads({"events": events, "measurements": measurements})
+        """Logits (N, K)."""
+        with torch.no_grad():
+            found: dict[str, Tensor] = self._probes(self._teacher.features(events, measurements))
         return found[self._name]

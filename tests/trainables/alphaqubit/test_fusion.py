@@ -65,7 +65,7 @@ def test_bad_probes_are_named_in_one_line(aq, tmp_path):
             "other.pth: probes of another teacher; run python sweeps/aq_f",
         ),
         (lambda: aq.domain(fusion=str(aq.teacher_file)).teacher(), "probes of another teacher"),
-        (lambda: aq.domain(fusion=str(tmp_path / "no.pth")).teacher(), "no.pth does not exist"),
+        (lambda: aq.domain(fusion=str(tmp_path / "no.pth")).teacher(), "no.pth: no such file"),
         (lambda: aq.domain(fusion=str(tmp_path / "lost.pth")).teacher(), "lost.pth: not a file of probes"),
         (lambda: Probes(8, 1, (1, -1, 1)), r"fusion weights \[1, -1, 1\]"),
         (lambda: resolve((DECODER_WORKLOAD, DECODER_FUSION), "demo", {"fusion_weights": [0, 0, 0]}), "not all 0"),
