@@ -141,7 +141,7 @@ def test_a_campaign_ends_in_a_report_that_the_manifest_lists(resumed, capsys: py
     page = folder / "report" / "report.html"
     assert code == 0 and f"\nReport: {page}\n" in said.out and not said.err
     text = page.read_text().replace("<wbr>", "")
-    for word in ("K_good_run1", "KQ_INT8_run1", "Verdicts", "Ledger", "plateau"):
+    for word in ("K_good_run1", "KQ_INT8_run1", "Verdicts", "Ledger", ">plateau 0.600<"):
         assert word in text
     inside = {f"report/{path.name}" for path in page.parent.iterdir()}
     assert inside >= {"report/report.html", "report/report.md"}
