@@ -20,7 +20,6 @@ from pathlib import Path
 from browser import WAIT_S, Page, page
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
-from PIL import Image
 
 METRICS = ("drop", "p50_ratio_same_runtime")
 COLUMNS = (*(f"metrics.`{name}`" for name in METRICS), "params.`T`", "tags.`verdict`", "tags.`stop_reason`")
@@ -138,8 +137,6 @@ def pictures(store: Path, sweep: str, folder: Path) -> None:
 def _picture(at: Page, path: Path, height: int, width: int = WIDTH) -> None:
     time.sleep(3)  # until nothing moves any more
     at.picture(path, MENU, 0, width - MENU, height)
-    with Image.open(path) as drawn:  # 128 colours look the same in a third of the space
-        drawn.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(path, optimize=True)
 
 
 def ids(store: Path, sweep: str) -> tuple[Run, list[Run]]:
