@@ -65,17 +65,17 @@ def settle(at: Page, base: str, experiment: str) -> None:
     at.ask(f"localStorage.setItem({json.dumps(key)}, {json.dumps(json.dumps({'selectedColumns': COLUMNS}))})")
 
 
-def runs(at: Page, base: str, experiment: str, children: int) -> list[str]:
-    """The experiment's page with the newest parent unfolded; the cells of each row, joined by |."""
+def runs(at: Page, base: str, experiment: str, children: int) -> list[list[str]]:
+    """The experiment's page with the newest parent unfolded; the cells of each row."""
     at.open(f"{base}#/experiments/{experiment}/runs?workflowType=machine_learning")
     at.click("document.querySelector('.ag-row [data-component-id*=runnamecellrenderer]')")
     at.until(f"document.querySelectorAll('.ag-pinned-left-cols-container .ag-row').length == {children + 1}")
     at.click("document.querySelector('h2')")  # away from the row, which would be shown as chosen
     cells = "[...document.querySelectorAll('.ag-row')].map(e => [e.getAttribute('row-index'), e.innerText])"
-    found: dict[str, list[str]] = {}
-    for index, text in at.ask(cells):
-        found.setdefault(index, []).extend(text.split("\n"))
-    return ["|".join(parts) for parts in found.values()]
+    found: dict[int, list[str]] = {}
+    for index, text in at.ask(cells):  # a row stands in several parts, as its first columns stay when it is scrolled
+        found.setdefault(int(index), []).extend(text.split("\n"))
+    return [found[index] for index in sorted(found)]
 
 
 def compare(at: Page, base: str, experiment: str, run_ids: Sequence[str]) -> list[str]:
