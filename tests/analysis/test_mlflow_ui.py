@@ -11,7 +11,7 @@ import pytest
 from browser import BROWSER, page
 
 ROOT = Path(__file__).parents[2]
-SMALL = {"epochs": 1, "samples_per_epoch": 64, "train_samples": 64, "val_pairs": 16, "test_pairs": 16, "repeats": 3}
+SMALL = {"epochs": 1, "samples_per_epoch": 64, "train_samples": 64, "val_pairs": 16, "test_pairs": 16, "repeats": 5}
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")]
 
 
