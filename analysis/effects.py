@@ -4,8 +4,9 @@ Every arm is measured on the same samples under the same seeds, so a contrast of
 simplest is the difference of two) is a table of seeds x samples. Its mean is the effect. Seeds and samples are both
 draws from something larger, so both count as random (crossed random effects): the variance of the mean is
 V_seeds + V_samples - V_residual, each estimated by the two-way analysis of variance (Owen 2007, "The pigeonhole
-bootstrap", gives the same first-order variance), and the t quantile takes Satterthwaite's degrees of freedom. A
-bootstrap over three seeds alone would be too narrow.
+bootstrap", gives the same first-order variance), and the t quantile takes Satterthwaite's degrees of freedom. With
+three seeds percentiles of a bootstrap are too narrow: drawn over seeds alone by far, over both where seeds differ much
+(benchmarks/effects_coverage.py measures it).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from trainables.gates import Gate
 from trainables.record import InputError
 
 NAME, TABLE, FORMAT = "manifest.json", "result_table.csv", 1
+REPORT = "report"  # the one folder within: the page, its Markdown and the pictures
 LONGEST = 10_000_000  # bytes that a manifest may have: a plan of a thousand tasks has a tenth of it
 
 
@@ -18,13 +19,21 @@ class _Part(BaseModel):
 
 
 class File(_Part):
-    """One file of the folder. sha256: 64 hex digits. run_id: the run of the trial that it is of, or of the sweep."""
+    """One file of the folder. file: its name, with `report/` before it for those of the report. sha256: 64 hex digits.
+    run_id: the run of the trial that it is of, or of the sweep.
+    """
 
     file: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
     stage: str | None = None
     run_id: str | None = None
+
+
+def may_list(name: str) -> bool:
+    """Whether a manifest may list that name: a plain one, of a file beside it or in the report's folder."""
+    plain = name.removeprefix(f"{REPORT}/")
+    return Path(plain).name == plain and "\\" not in plain and plain.isprintable() and not plain.startswith(".")
 
 
 class Line(_Part):

@@ -243,7 +243,11 @@ def _ledger(path: Path) -> list[Block]:
 def _said(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
-    return "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return " to ".join(dict.fromkeys(map(_said, value))) or "–"  # an estimate: from and to
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(one)}" for key, one in value.items()) or "–"
+    return "–" if value is None else str(value)
 
 
 def _environment(data: SweepData) -> list[Block]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from analysis.manifest import NAME, TABLE, Manifest, Row
+from analysis.manifest import NAME, REPORT, TABLE, Manifest, Row, may_list
 from analysis.readers import Run, Store, open_store
 from trainables.gates import Verdict, judge_any
 from trainables.record import FIELDS, INPUTS, InputError, Record, read_csv
@@ -78,14 +78,14 @@ class _Unusable(Exception):
 
 def _regular(path: Path) -> bool:
     """Whether a file itself lies there: no link, folder or device."""
+    return stat.S_ISREG(_mode(path))
+
+
+def _mode(path: Path) -> int:
     try:
-        return stat.S_ISREG(path.lstat().st_mode)
+        return path.lstat().st_mode
     except OSError:
-        return False
-
-
-def _plain(name: str) -> bool:
-    return Path(name).name == name and "\\" not in name and name.isprintable() and not name.startswith(".")
+        return 0
 
 
 def _files(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -93,20 +93,23 @@ def _files(folder: Path, manifest: Manifest) -> Iterator[str]:
     listed = [file.file for file in manifest.files]
     for name in sorted({name for name in listed if listed.count(name) > 1}):
         yield f"{name!r}: stands twice in {NAME}"
+    inside = folder / REPORT
+    entered = stat.S_ISDIR(_mode(inside)) and any(name.startswith(f"{REPORT}/") for name in listed)
     for file in manifest.files:
         path = folder / file.file
-        if not _plain(file.file) or file.file == NAME:
-            yield f"{file.file!r}: refused, {NAME} may list plain names of files beside it alone"
-        elif not _regular(path):
+        if not may_list(file.file) or file.file == NAME:
+            yield f"{file.file!r}: refused, {NAME} may list plain names of files beside it and in {REPORT}/ alone"
+        elif not _regular(path) or (path.parent == inside and not entered):
             yield f"{file.file}: {'refused, it is a link or no file' if os.path.lexists(path) else 'missing'}"
         elif path.stat().st_size != file.bytes:
             yield f"{file.file}: {path.stat().st_size} bytes, {NAME} says {file.bytes}"
         elif _sha256(path) != file.sha256:
             yield f"{file.file}: its content is not that of {NAME} (sha256 differs)"
-    for path in sorted(folder.iterdir()):
-        if path.name not in (*listed, NAME):
+    for path in sorted([*folder.iterdir(), *(inside.iterdir() if entered else ())]):
+        name = path.relative_to(folder).as_posix()
+        if name not in (*listed, NAME) and not (entered and path == inside):
             kind = "link" if path.is_symlink() else "file" if _regular(path) else "folder or device"
-            yield f"{path.name!r}: a {kind} that {NAME} does not list"
+            yield f"{name!r}: a {kind} that {NAME} does not list"
     if TABLE not in listed:
         yield f"{TABLE}: {NAME} does not list it"
 

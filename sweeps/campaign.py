@@ -190,7 +190,7 @@ def _execute(order: Order, console: Console) -> int:
             console.print(f"\nInterrupted; nothing finished is lost. Go on with: {resume}", soft_wrap=True)
             journal.append("end", status="interrupted")
             return INTERRUPTED
-        found = _collect(plan)
+        found = _with_report(plan, _collect(plan))
         screen.closing(console, plan, found, conductor.held)
         journal.append("end", status="finished")
     missed = any(row.selected and row.verdict == "fail" for row in found.manifest.tasks)
@@ -203,6 +203,16 @@ def _collect(plan: Plan) -> deliverables.Delivered:
         if event["event"] == "exit":
             wall_s[event["stage"]] = wall_s.get(event["stage"], 0.0) + event["wall_s"]
     return deliverables.write(plan, wall_s)
+
+
+def _with_report(plan: Plan, found: deliverables.Delivered) -> deliverables.Delivered:
+    """The deliverables with the campaign's report, where it can be drawn."""
+    try:
+        return deliverables.draw_report(found, plan.tracking_uri)
+    except Exception as error:  # it may fail in any way: after hours of training that costs the report alone
+        said = masked(" ".join(f"{type(error).__name__}: {error}".split()))
+        print(f"warning: no report ({said}); --resume tries again, and runs nothing twice", file=sys.stderr)
+        return found
 
 
 if __name__ == "__main__":

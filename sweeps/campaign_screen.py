@@ -72,6 +72,8 @@ def closing(console: Console, plan: Plan, found: Delivered, held: Mapping[str, s
     if found.unlogged:
         say(f"{found.unlogged} records are not in MLflow yet; --resume sends them.")
     say(f"Deliverables: {shown(found.folder)}", soft_wrap=True)
+    if found.report:
+        say(f"Report: {shown(found.report)}", soft_wrap=True)
     uri = plan.tracking_uri
     named = "" if uri == default_uri(plan.folder.parent) else f" --tracking-uri {shlex.quote(masked(uri))}"
     say(f"Check them: {program('python')} -m analysis verify {shlex.quote(shown(found.folder))}{named}", soft_wrap=True)

@@ -1,5 +1,5 @@
 """The folder that a campaign hands over: the plan's files by their names, the table of all records, the hours, and a
-manifest with hashes.
+manifest with hashes; at a campaign's end also its report.
 
 Every file appears whole or not at all, and the manifest last: what it lists is there.
 """
@@ -9,11 +9,12 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from analysis.manifest import FORMAT, NAME, TABLE, File, Line, Manifest, Row
+from analysis.manifest import FORMAT, NAME, REPORT, TABLE, File, Line, Manifest, Row, may_list
 from analysis.readers import open_store
 from engines.errors import InputError
 from sweeps import hours
@@ -31,19 +32,21 @@ RunIds = Mapping[tuple[str, str | None], str]  # (sweep id, trial id; None for t
 
 @dataclass(frozen=True)
 class Delivered:
-    """What was written. unlogged: records that MLflow does not have yet."""
+    """What was written. unlogged: records that MLflow does not have yet. report: the page, once it is drawn."""
 
     folder: Path
     manifest: Manifest
     total: Account
     stages: tuple[Account, ...]
     unlogged: int
+    report: Path | None = None
 
 
 def write(plan: Plan, wall_s: Mapping[str, float]) -> Delivered:
     """Collect what the campaign has so far. wall_s: by stage, of all its starts.
 
-    Files that an earlier call wrote and that no longer belong are removed; anything else in the folder stays.
+    Files that an earlier call wrote and that no longer belong are removed, and so is an earlier report, which knows
+    nothing of what ran since; anything else in the folder stays.
 
     Raises:
         OSError: the folder cannot be written.
@@ -68,6 +71,30 @@ def write(plan: Plan, wall_s: Mapping[str, float]) -> Delivered:
     _sweep_out(folder, {file.file for file in files})
     _put(folder / NAME, lambda path: path.write_text(manifest.model_dump_json(indent=1)))
     return Delivered(folder, manifest, total, stages, sum("run_id" not in record.extra for record in records))
+
+
+def draw_report(found: Delivered, tracking_uri: str) -> Delivered:
+    """Draw the report of the campaign as MLflow has it, in `report/` of the deliverables, and list its files.
+
+    Raises:
+        InputError: the store cannot be read, or lacks the campaign.
+        OSError: the folder cannot be written.
+    """
+    from analysis import report, store  # what draws takes seconds to import, which --help need not wait for
+
+    folder = found.folder
+    # Drawn elsewhere, so that a failure leaves nothing in the folder; on the same disk, so that moving is renaming.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".report") as place:
+        data = store.load_all(tracking_uri, campaign=found.manifest.campaign)
+        page, *_ = report.run(data, tracking_uri, place, str(folder / LEDGER[0]))
+        (folder / REPORT).mkdir(exist_ok=True)
+        names = sorted(path.name for path in Path(place).iterdir())
+        for name in names:
+            os.replace(Path(place) / name, folder / REPORT / name)
+    files = [_described(folder / REPORT / name, within=f"{REPORT}/") for name in names]
+    manifest = found.manifest.model_copy(update={"files": (*found.manifest.files, *files)})
+    _put(folder / NAME, lambda path: path.write_text(manifest.model_dump_json(indent=1)))
+    return replace(found, manifest=manifest, report=folder / REPORT / page.name)
 
 
 def accounts(
@@ -139,12 +166,11 @@ def _sweep_id(outcome: Outcome) -> str:
     return str(outcome.state.header.get("sweep_id", ""))
 
 
-def _described(path: Path, stage: Stage | None = None, run_id: str | None = None) -> File:
+def _described(path: Path, stage: Stage | None = None, run_id: str | None = None, within: str = "") -> File:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return File(
-        file=path.name, sha256=digest, bytes=path.stat().st_size, stage=stage.id if stage else None, run_id=run_id
-    )
+    name, size = within + path.name, path.stat().st_size
+    return File(file=name, sha256=digest, bytes=size, stage=stage.id if stage else None, run_id=run_id)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -170,5 +196,7 @@ def _sweep_out(folder: Path, kept: set[str]) -> None:
     except InputError:
         return
     for name in listed - kept:
-        if Path(name).name == name:
+        if may_list(name):
             (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not there, or holds something of somebody else
+        (folder / REPORT).rmdir()

@@ -134,7 +134,7 @@ def test_deliverables_are_the_plans_files_by_content(killed: SimpleNamespace) ->
     folder = toys.folder / "deliverables"
     names = {"good.pth", "first_best.pth", "first.json", "second.pth", "third.pth"}
     assert {p.name for p in folder.iterdir()} == names | {
-        "result_table.csv", "ledger.json", "ledger.csv", "manifest.json"
+        "result_table.csv", "ledger.json", "ledger.csv", "manifest.json", "report"
     }  # fmt: skip
     for name in names:
         sources = [path for path in toys.folder.glob(f"*/files/{name}")]
@@ -144,7 +144,8 @@ def test_deliverables_are_the_plans_files_by_content(killed: SimpleNamespace) ->
     records = read_csv(folder / "result_table.csv")
     assert [record.extra["stage"] for record in records] == ["A"] * 3 + ["B"] * 2 + ["C"] * 2
     manifest = Manifest.read(folder / "manifest.json")
-    assert {file.file for file in manifest.files} == names | {"result_table.csv", "ledger.json", "ledger.csv"}
+    listed = {file.file for file in manifest.files if not file.file.startswith("report/")}
+    assert listed == names | {"result_table.csv", "ledger.json", "ledger.csv"}
     assert [row.verdict for row in manifest.tasks] == ["pass", "pass", "pass", "fail", "n/a"]
     assert all(file.run_id for file in manifest.files if file.stage)
 
@@ -170,6 +171,16 @@ def test_the_ledger_adds_up_and_says_what_stopping_saved(killed: SimpleNamespace
     assert "stopping saved" in killed.two[1] and "stop_loss" in killed.two[1]
     rows = list(csv.DictReader((toys.folder / "deliverables" / "ledger.csv").open()))
     assert [row["exp_id"] for row in rows] == [row["exp_id"] for row in ledger["trials"]]
+
+
+@pytest.mark.slow
+def test_it_ends_in_a_report_of_all_its_sweeps(killed: SimpleNamespace) -> None:
+    page = killed.toys.folder / "deliverables" / "report" / "report.html"
+    assert f"\nReport: {page}\n" in killed.two[1]
+    text = page.read_text().replace("<wbr>", "")
+    sweeps = [f"{name}_small_seed42" for name in ("first", "second", "third")]
+    for name in (*sweeps, "T_bad_run1", "stop_loss", "Ledger"):
+        assert name in text
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from analysis.__main__ import main as analysis
 from analysis.manifest import Manifest
 from engines.errors import InputError
 from sweeps import deliverables
+from sweeps.campaign import run
 from sweeps.catalogue import Needs, Stage, Task, drop
 from sweeps.conduct import Plan
-from sweeps.journal import Journal, check_free
+from sweeps.journal import CAMPAIGN, Journal, check_free
 from sweeps.mlflow_writer import Mirror
 from trainables.gates import Gate
 from trainables.record import Record
@@ -69,6 +71,7 @@ def sweep(plan: Plan, stage: Stage, trials: list[dict], profile: str) -> None:
     mirror = Mirror(journal.path, plan.tracking_uri)
     mirror.read()
     mirror.sync(over=True)
+    mirror.save(None)
 
 
 def campaign(storage: Path, profile: str = "small", second_drop: float = 0.005) -> Plan:
@@ -119,6 +122,67 @@ def test_writing_again_changes_nothing_but_the_manifests_time(whole: Path, tmp_p
     source.unlink()
     assert "one.pth" not in {file.file for file in deliverables.write(plan, {}).manifest.files}
     assert not (again.folder / "one.pth").exists()
+
+
+@pytest.fixture
+def resumed(tmp_path: Path, template) -> Callable[[], tuple[Plan, int]]:
+    """A campaign whose stages have all ended, and which only has to close."""
+    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+    plan = campaign(tmp_path)
+    with Journal.open(plan.folder, CAMPAIGN) as journal:
+        journal.append("campaign", name=plan.name, plan="toy", profile="small", seed=42, overrides={})
+    return lambda: (plan, run(["--plan", "toy", "--resume", "--storage", str(tmp_path)], {"toy": STAGES}))
+
+
+def test_a_campaign_ends_in_a_report_that_the_manifest_lists(resumed, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, code = resumed()
+    said = capsys.readouterr()
+    folder = plan.folder / "deliverables"
+    page = folder / "report" / "report.html"
+    assert code == 0 and f"\nReport: {page}\n" in said.out and not said.err
+    text = page.read_text().replace("<wbr>", "")
+    for word in ("K_good_run1", "KQ_INT8_run1", "Verdicts", "Ledger", ">plateau 0.600<"):
+        assert word in text
+    inside = {f"report/{path.name}" for path in page.parent.iterdir()}
+    assert inside >= {"report/report.html", "report/report.md"}
+    assert {file.file for file in Manifest.read(folder / "manifest.json").files if "/" in file.file} == inside
+    assert not verify.check(folder).problems and not list(plan.folder.glob(".report*"))
+    for change, name in {"changed": "report.html", "added": "else.html", "link": "report.md"}.items():
+        copied = plan.folder / change
+        shutil.copytree(folder, copied)
+        (copied / "report" / name).unlink(missing_ok=True)
+        if change == "link":
+            (copied / "report" / name).symlink_to(page)
+        else:
+            (copied / "report" / name).write_text("else")
+        (problem,) = verify.check(copied, plan.tracking_uri).problems
+        assert f"report/{name}" in problem
+    shutil.rmtree(copied / "report")
+    (copied / "report").symlink_to(page.parent)
+    assert "'report': a link that manifest.json does not list" in verify.check(copied, plan.tracking_uri).problems
+    # A stage that ends later makes the report one of yesterday.
+    assert not deliverables.write(plan, {}).report and not page.parent.exists()
+    assert not verify.check(folder).problems
+
+
+FAULTS = {
+    "a file is where it belongs": lambda plan: (plan.folder / "deliverables" / "report").write_text("mine"),
+    "no such store": lambda plan: (plan.folder.parent / "mlflow.db").unlink(),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_prevents_the_report_costs_nothing_else(fault, resumed, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, _ = resumed()
+    deliverables.write(plan, {})
+    FAULTS[fault](plan)
+    capsys.readouterr()
+    _, code = resumed()
+    out, err = capsys.readouterr()
+    assert code == 0 and "Deliverables: " in out and "Report: " not in out
+    assert err.startswith("warning: no report (") and "--resume tries again" in err and err.count("\n") == 1
+    assert Manifest.read(plan.folder / "deliverables" / "manifest.json").campaign == plan.name
+    assert not list(plan.folder.glob(".report*"))
 
 
 def test_hours_saved_are_the_epochs_not_run_at_the_trials_own_pace(whole: Path) -> None:
@@ -187,6 +251,9 @@ TAMPERED = {
     "extra link": (lambda f: link(f, "x", "/etc/hostname"), "'x': a link that manifest.json does not list"),
     "table link": (lambda f: link(f, "result_table.csv", "/etc/hostname"), "result_table.csv: refused"),
     "upwards": (lambda f: rename(f, "one.pth", "../../mlflow.db"), "'../../mlflow.db': refused"),
+    "in another folder": (lambda f: rename(f, "one.pth", "sub/one.pth"), "'sub/one.pth': refused"),
+    "hidden in the report": (lambda f: rename(f, "one.pth", "report/.x"), "'report/.x': refused"),
+    "out of the report": (lambda f: rename(f, "one.pth", "report/../../mlflow.db"), "mlflow.db': refused"),
     "absolute": (lambda f: rename(f, "one.pth", "/etc/hostname"), "'/etc/hostname': refused"),
     "terminal": (lambda f: rename(f, "one.pth", "\x1b[2Jone.pth"), r"'\x1b[2Jone.pth': refused"),
     "unlisted": (lambda f: edited(f, lambda d: d["files"].pop(0)), "that manifest.json does not list"),
