@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def environment(password: str) -> dict[str, str]:
-    """What `mlflow server --app-name basic-auth` and its clients read; ValueError for a password a shell might mangle."""
+    """What a server with basic-auth and its clients read; ValueError for a password that a shell might mangle."""
     if not re.fullmatch(r"[A-Za-z0-9._~-]{12,}", password):
         raise ValueError("expected a password of 12 or more letters, digits and ._~-, e.g. of `openssl rand -hex 16`")
     return {

@@ -1,4 +1,4 @@
-"""ray_cluster.yaml and deploy/: what Ray's launcher and the KubeRay operator would refuse, and what must never slip out."""
+"""ray_cluster.yaml and deploy/: what Ray's launcher would refuse, and what must not slip out."""
 
 import re
 import subprocess
