@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import InputError
+from sweeps.placement import Cluster, Node, Placement, place
 
 PACKAGES = ("sweeps", "trainables", "engines", "analysis")
 HOW_TO_START = (
@@ -43,20 +44,24 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """What can be used. slots: trials at a time; gpus: accelerators per trial (0 or 1)."""
+class Wanted:
+    """Which Ray a sweep wants. address: None starts one here; `auto` or host:port joins one. share: part of its slots
+    that the sweep uses, at least one. needs_gpu: whether cores alone will not do.
+    """
 
-    slots: int
-    gpus: int
+    address: str | None
+    share: float = 1.0
+    placement: Placement = Placement()
+    needs_gpu: bool = False
 
 
 @contextlib.contextmanager
-def connect(address: str | None, share: float = 1.0) -> Iterator[Cluster]:
-    """Ray for the length of a sweep. address: None starts one here; `auto` or host:port joins one, of whose slots the
-    sweep uses the given share, at least one.
+def connect(wanted: Wanted) -> Iterator[Cluster]:
+    """Ray for the length of a sweep.
 
-    Raises InputError when no cluster answers or its token is missing or wrong.
+    Raises InputError when no cluster answers, its token is missing or wrong, or no node has what a trial needs.
     """
+    address = wanted.address
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     before = os.environ.get("RAY_AUTH_MODE")
@@ -95,10 +100,7 @@ def connect(address: str | None, share: float = 1.0) -> Iterator[Cluster]:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise _explained(address, error) from error
     try:
-        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        gpus = 1 if total.get("GPU", 0) >= 1 else 0
-        slots = int(total["GPU"] if gpus else total.get("CPU", 1))
-        yield Cluster(slots=max(1, int(slots * share)), gpus=gpus)
+        yield _placed(wanted)
     finally:
         ray.shutdown()
         if address is None:  # what else this process may do with Ray has nothing to do with our token
@@ -107,6 +109,34 @@ def connect(address: str | None, share: float = 1.0) -> Iterator[Cluster]:
                 os.environ["RAY_AUTH_MODE"] = before
             Config.initialize("")
             AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _placed(wanted: Wanted) -> Cluster:
+    """Where trials can run. Where an autoscaler has no fitting node up, asking for one makes it start one."""
+    asked = wanted.placement
+    try:
+        return place(asked, nodes(), wanted.share, wanted.needs_gpu)
+    except InputError:
+        if not asked.wait_min:
+            raise
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    gpus = asked.gpus if asked.gpus is not None else float(wanted.needs_gpu or asked.gpu_memory is not None)
+    bundle = {"CPU": asked.cpus or 1.0} | ({"GPU": gpus} if gpus else {})
+    one = placement_group([bundle], bundle_label_selector=[asked.labels])
+    try:
+        ray.wait([one.ready()], timeout=60 * asked.wait_min)  # type: ignore[no-untyped-call]
+        return place(asked, nodes(), wanted.share, wanted.needs_gpu)
+    finally:
+        remove_placement_group(one)
+
+
+def nodes() -> list[Node]:
+    """The nodes that are alive, always in the same order."""
+    import ray
+
+    return [Node.of(node) for node in sorted(ray.nodes(), key=lambda node: node["NodeID"]) if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def cores() -> int:

@@ -24,7 +24,7 @@ import psutil
 from rich.console import Console
 
 from engines.errors import InputError
-from sweeps import ablation, audit, deliver, dry, flags
+from sweeps import ablation, audit, deliver, dry, flags, hosts
 from sweeps import cluster as ray_cluster
 from sweeps.ledger import Ledger, inspect
 from sweeps.lineage import best_of
@@ -178,7 +178,9 @@ def _execute(order: Order) -> int:
         if order.given.resume:
             ledger.check(order.header)
         # In this order: Ray sets its own handler of SIGTERM, which would abort the process.
-        with ray_cluster.connect(order.given.address, order.given.share) as cluster, interruptible():
+        with ray_cluster.connect(_wanted(order)) as cluster, interruptible():
+            if order.given.address:
+                hosts.check(ledger.folder)
             return _sweep(order, ledger, cluster, clock, console)
     except KeyboardInterrupt:
         return _interrupted(order, ledger, console)
@@ -189,6 +191,11 @@ def _execute(order: Order) -> int:
         raise
     finally:
         ledger.abandon()
+
+
+def _wanted(order: Order) -> ray_cluster.Wanted:
+    given = order.given
+    return ray_cluster.Wanted(given.address, given.share, given.placement, given.profile == "full")
 
 
 def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Clock, console: Console) -> int:
@@ -222,7 +229,7 @@ def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Cl
             for batch in _batches(order, ledger, cluster.slots):
                 clock.mark("set-up")
                 with progress.phase("training"):
-                    train(sweep, ledger, batch, values, cluster, progress, cache, order.given.audit)
+                    train(sweep, ledger, batch, values, cluster, progress, cache, order.given)
                 clock.mark("training")
                 measure(bench, batch, progress)
                 clock.mark("measuring")

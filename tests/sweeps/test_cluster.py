@@ -172,7 +172,7 @@ def test_bad_addresses_end_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
         "host:99999": "expected `auto` or HOST:PORT",
         "ray://host:10001": "expected `auto` or HOST:PORT",
     }.items():
-        with pytest.raises(InputError) as caught, cluster.connect(address):
+        with pytest.raises(InputError) as caught, cluster.connect(cluster.Wanted(address)):
             pass
         assert said in str(caught.value) and address in str(caught.value) and "\n" not in str(caught.value)
 
@@ -181,10 +181,11 @@ def test_a_missing_or_empty_token_says_where_it_belongs(monkeypatch: pytest.Monk
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(InputError, match="no cluster token in .*ray get-auth-token"), cluster.connect("auto"):
+    joining = cluster.Wanted("auto")
+    with pytest.raises(InputError, match="no cluster token in .*ray get-auth-token"), cluster.connect(joining):
         pass
     (tmp_path / "none").write_text("\n")
-    with pytest.raises(InputError, match="is empty"), cluster.connect("auto"):
+    with pytest.raises(InputError, match="is empty"), cluster.connect(cluster.Wanted("auto")):
         pass
 
 
@@ -197,5 +198,5 @@ def test_auto_without_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_ports(1)[0]}")
-    with pytest.raises(InputError, match="no Ray cluster answers"), cluster.connect("auto"):
+    with pytest.raises(InputError, match="no Ray cluster answers"), cluster.connect(cluster.Wanted("auto")):
         pass
