@@ -3,7 +3,7 @@
     python benchmarks/faults.py                            # all faults, about two minutes each; needs root
     python benchmarks/faults.py worker_killed network_cut
 
-The hosts are network namespaces (benchmarks/hosts.py) with Ray, a token, shared storage and a real MLflow server on
+The hosts are network namespaces (benchmarks/namespaces.py) with Ray, a token, shared storage and a real MLflow server on
 the head. A fault strikes while three trials train, at least one of them on the second host. Lost: epochs, MLflow steps,
 records and ends of runs that are missing at the end; duplicated: those that stand twice, and processes of trials that
 outlive the sweep. Seconds to recover: from the fault (from the repair, where nothing can go on before it) until every
@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from namespaces import ROOT, Host, missing, two_hosts
 
-from benchmarks.hosts import ROOT, Host, missing, two_hosts
 from sweeps.journal import SweepState, read_events
 
 TOY = ROOT / "tests" / "sweeps" / "toy_sweep.py"
@@ -284,7 +284,8 @@ def suffer(fault: Callable[[Run], None], folder: Path) -> Outcome:
         if fault is mlflow_slow:
             run.port = PROXY
             alpha.start_process(
-                [sys.executable, "-m", "benchmarks.slow_proxy", str(PROXY), str(MLFLOW), "2"], folder / "proxy.log"
+                [sys.executable, str(ROOT / "benchmarks" / "slow_proxy.py"), str(PROXY), str(MLFLOW), "2"],
+                folder / "proxy.log",
             )
         if fault is trial_hangs:
             run.trials, run.flags = "hanging", ("--hang-after", "0.2")

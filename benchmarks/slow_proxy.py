@@ -1,4 +1,4 @@
-"""An HTTP server that waits before it hands a request on: python -m benchmarks.slow_proxy PORT TO_PORT SECONDS."""
+"""An HTTP server that waits before it hands a request on: python benchmarks/slow_proxy.py PORT TO_PORT SECONDS."""
 
 import http.client
 import sys

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import ROOT, Host, missing, two_hosts
 from sweeps.journal import SweepState
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from namespaces import ROOT, Host, missing, two_hosts
 
 pytestmark = pytest.mark.cluster
 TOY = ROOT / "tests" / "sweeps" / "toy_sweep.py"
