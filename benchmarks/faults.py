@@ -3,11 +3,11 @@
     python benchmarks/faults.py                            # all faults, about two minutes each; needs root
     python benchmarks/faults.py worker_killed network_cut
 
-The hosts are network namespaces (benchmarks/namespaces.py) with Ray, a token, shared storage and a real MLflow server on
-the head. A fault strikes while three trials train, at least one of them on the second host. Lost: epochs, MLflow steps,
-records and ends of runs that are missing at the end; duplicated: those that stand twice, and processes of trials that
-outlive the sweep. Seconds to recover: from the fault (from the repair, where nothing can go on before it) until every
-trial that was running has reported a new epoch.
+The hosts are network namespaces with Ray, a token, shared storage and a real MLflow server on the head. A fault strikes
+while three trials train, at least one of them on the second host. Lost: epochs, MLflow steps, records and ends of runs
+that are missing at the end; duplicated: those that stand twice, and processes of trials that outlive the sweep. Seconds
+to recover: from the fault (from the repair, where nothing can go on before it) until every trial that was running has
+reported a new epoch.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -187,7 +188,12 @@ def _muted() -> Iterator[None]:
 
 
 def _explained(address: str | None, error: Exception) -> InputError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    first = lines[0]
+    if "ersion mismatch" in first:
+        versions = ", ".join(line for line in lines if re.match(r"(Ray|Python):", line))
+        how = "start this script with the cluster's Python and Ray (constraints.txt pins them)"
+        return InputError(f"--address {address}: versions of the cluster, then of this driver: {versions}; {how}")
     if address is None:
         return InputError(f"Ray could not start on this machine ({first}); see /tmp/ray for its logs")
     refused = type(error).__name__ == "AuthenticationError" or "token" in first.lower()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +19,22 @@ from sweeps.journal import SweepState
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "sweeps" / "toy_sweep.py"
 HEAD_ID = "f" * 51 + "00000"  # what the provider calls its head
-sys.path.append(str(ROOT / "tests" / "sweeps"))
-from test_cluster import RAY, free_ports
+RAY = str(Path(sys.executable).with_name("ray"))
+# The nodes, once one is left or two minutes have passed.
+LOOK = """
+import json, ray, sys, time
+ray.init(address=sys.argv[1], logging_level="ERROR")
+end = time.time() + 120
+while sum(node["Alive"] for node in ray.nodes()) > 1 and time.time() < end:
+    time.sleep(0.5)
+print(json.dumps([(node["Alive"], node["Labels"].get("gpu-memory-gb")) for node in ray.nodes()]))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def autoscaler(port: int) -> dict[str, object]:
@@ -49,7 +64,7 @@ def autoscaler(port: int) -> dict[str, object]:
 @pytest.mark.slow
 def test_workers_come_for_a_sweep_and_go_after_it(tmp_path: Path) -> None:
     """From a head alone: trials that need 40 GB make the large kind come, and no other; idle, it goes."""
-    port, temp = free_ports(1)[0], Path("/tmp") / f"ray-scale-{os.getpid()}"
+    port, temp = free_port(), Path("/tmp") / f"ray-scale-{os.getpid()}"
     (tmp_path / "cluster.json").write_text(json.dumps(autoscaler(port)))
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2, "RAY_FAKE_CLUSTER": "1"}
     env |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID}
@@ -78,13 +93,8 @@ def test_workers_come_for_a_sweep_and_go_after_it(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         state = SweepState.replay(tmp_path / "runs" / "toy_small_seed42" / "journal.jsonl")
         assert [(t.record or {}).get("verdict") for t in state.trials.values()] == ["n/a", "pass", "fail"]
-        look = (
-            "import json, ray, sys, time; ray.init(address=sys.argv[1], logging_level='ERROR'); end = time.time() + 120\n"
-            "while sum(n['Alive'] for n in ray.nodes()) > 1 and time.time() < end: time.sleep(.5)\n"
-            "print(json.dumps([(n['Alive'], n['Labels'].get('gpu-memory-gb')) for n in ray.nodes()]))"
-        )
         known = subprocess.run(
-            [sys.executable, "-c", look, f"127.0.0.1:{port}"], capture_output=True, text=True, env=env, timeout=200
+            [sys.executable, "-c", LOOK, f"127.0.0.1:{port}"], capture_output=True, text=True, env=env, timeout=200
         )
         nodes = json.loads(known.stdout.splitlines()[-1])
         assert [alive for alive, _ in nodes].count(True) == 1, "an idle worker stayed"
