@@ -127,7 +127,7 @@ def _placed(wanted: Wanted) -> Cluster:
     bundle = {"CPU": asked.cpus or 1.0} | ({"GPU": gpus} if gpus else {})
     one = placement_group([bundle], bundle_label_selector=[asked.labels])
     try:
-        ray.wait([one.ready()], timeout=60 * asked.wait_min)  # type: ignore[no-untyped-call]
+        ray.wait([one.ready()], timeout=60 * asked.wait_min)
         return place(asked, nodes(), wanted.share, wanted.needs_gpu)
     finally:
         remove_placement_group(one)
@@ -137,7 +137,8 @@ def nodes() -> list[Node]:
     """The nodes that are alive, always in the same order."""
     import ray
 
-    return [Node.of(node) for node in sorted(ray.nodes(), key=lambda node: node["NodeID"]) if node["Alive"]]  # type: ignore[no-untyped-call]
+    known = sorted(ray.nodes(), key=lambda node: str(node["NodeID"]))  # type: ignore[no-untyped-call]
+    return [Node.of(node) for node in known if node["Alive"]]
 
 
 def cores() -> int:

@@ -54,7 +54,8 @@ def check(storage: Path) -> None:
 
 def _on(node: Node) -> Any:
     at = NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=at)(_look)
+    options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": at}
+    return ray.remote(**options)(_look)
 
 
 def _answer(ref: Any, node: Node) -> Answer:

@@ -29,6 +29,7 @@ from sweeps import cluster as ray_cluster
 from sweeps.ledger import Ledger, inspect
 from sweeps.lineage import best_of
 from sweeps.measure import Bench, compile_best, measure, prepare
+from sweeps.placement import Cluster
 from sweeps.plan import Planned, Planner, refuse_hidden
 from sweeps.progress import Progress
 from sweeps.search import Search, far_end
@@ -198,7 +199,7 @@ def _wanted(order: Order) -> ray_cluster.Wanted:
     return ray_cluster.Wanted(given.address, given.share, given.placement, given.profile == "full")
 
 
-def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Clock, console: Console) -> int:
+def _sweep(order: Order, ledger: Ledger, cluster: Cluster, clock: Clock, console: Console) -> int:
     sweep, values = order.sweep, order.resolved.values
     common = {
         "domain": sweep.domain,

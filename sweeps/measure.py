@@ -112,7 +112,7 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
         Path(bench.job(None)["work_dir"]).mkdir(parents=True, exist_ok=True)
         timed = bench.sweep.latency
         with progress.phase("measuring", total=(1 + timed) * len(able)):
-            needs = {"num_gpus": bench.cluster.gpus, "label_selector": dict(bench.cluster.labels)}
+            needs: dict[str, Any] = {"num_gpus": bench.cluster.gpus, "label_selector": dict(bench.cluster.labels)}
             task = ray.remote(num_cpus=1, max_retries=2, **needs)(_call)
             pending = {task.remote(measures.measure_quality, bench.job(trial)): trial for trial in able}
             for done, (ref, trial) in enumerate(pending.items()):
