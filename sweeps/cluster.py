@@ -151,11 +151,13 @@ def _check_token() -> None:
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:
-        found = path.read_text().strip()
+        found, mode = path.read_text().strip(), path.stat().st_mode & 0o777
     except OSError as error:
         raise InputError(f"--address: no cluster token in {path} ({error.strerror}); {HOW_TO_TOKEN}") from error
     if not found:
         raise InputError(f"--address: the token file {path} is empty; {HOW_TO_TOKEN}")
+    if mode & 0o077:  # as Ray itself writes it; whoever reads it runs code on every node
+        raise InputError(f"--address: others may read the token file {path} (mode {mode:o}); `chmod 600 {path}`")
 
 
 def _check_port(address: str) -> None:
