@@ -29,7 +29,7 @@ from namespaces import ROOT, Host, missing, two_hosts
 from sweeps.journal import SweepState, read_events
 
 TOY = ROOT / "tests" / "sweeps" / "toy_sweep.py"
-EPOCHS, WAIT_S, CUT_S = 20, 400.0, 60.0
+EPOCHS, WAIT_S, CUT_S = 15, 400.0, 60.0
 MLFLOW, PROXY = 5000, 5001
 
 
@@ -107,7 +107,7 @@ class Run:
         """Start a driver on the head."""
         command = [sys.executable, str(TOY), "--address", "auto", "--storage", str(self.folder / "storage")]
         command += ["--tracking-uri", f"http://127.0.0.1:{self.port}", *self.flags, *more]
-        env = {"TOY_TRIALS": self.trials, "TOY_SLEEP": "1", "TOY_EPOCHS": str(EPOCHS)}
+        env = {"TOY_TRIALS": self.trials, "TOY_SLEEP": "1.5", "TOY_EPOCHS": str(EPOCHS)}
         self.driver = self.alpha.start_process(command, self.folder / "driver.log", **env)
 
     def until_training(self, epochs: int = 9) -> None:
@@ -188,6 +188,9 @@ def account(run: Run) -> tuple[tuple[str, ...], tuple[str, ...]]:
             twice += [f"MLflow: epoch {epoch} of {trial.exp_id}" for epoch, count in sent.items() if count > 1]
         if not trial.record or not trial.record.get("verdict"):
             lost.append(f"verdict of {trial.exp_id}")
+    end = time.monotonic() + 20  # to end takes a process a moment
+    while time.monotonic() < end and any(list(zombies(host)) for host in (run.alpha, run.beta)):
+        time.sleep(0.5)
     twice += [f"process of a trial on {host.name}" for host in (run.alpha, run.beta) for _ in zombies(host)]
     return tuple(lost), tuple(twice)
 
@@ -271,10 +274,12 @@ FAULTS = (worker_killed, network_cut, driver_killed, driver_and_mlflow_killed, m
 def suffer(fault: Callable[[Run], None], folder: Path) -> Outcome:
     """Two fresh hosts, a sweep, the fault, and the account. folder: empty."""
     disk = folder / "shared"
-    with two_hosts(folder) as (alpha, beta), contextlib.ExitStack() as after:
-        if fault is storage_full:
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "disk", str(disk)], check=True)
+    disk.mkdir()
+    with contextlib.ExitStack() as after:
+        if fault is storage_full:  # before the hosts start: later mounts would not be seen there
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "disk", str(disk)], check=True)
             after.callback(subprocess.run, ["umount", "--lazy", str(disk)], check=True)
+        alpha, beta = after.enter_context(two_hosts(folder))
         for host in (alpha, beta):
             host.mount(disk, folder / "storage")
         alpha.start_ray(cpus=3)

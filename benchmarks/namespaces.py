@@ -118,7 +118,7 @@ def two_hosts(folder: Path, env: Mapping[str, str] | None = None) -> Iterator[tu
     token.write_text("0123456789abcdef" * 2)
     token.chmod(0o600)
     for name in ("storage", "shared", "ray"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
     hosts: list[Host] = []
     try:
         for number, name in enumerate(("alpha", "beta"), 1):
