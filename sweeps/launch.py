@@ -196,7 +196,9 @@ def _execute(order: Order) -> int:
 
 def _wanted(order: Order) -> ray_cluster.Wanted:
     given = order.given
-    return ray_cluster.Wanted(given.address, given.share, given.placement, given.profile == "full")
+    # On one machine `full` may be tried out on cores; on a cluster it would be days of the wrong nodes.
+    needs_gpu = given.profile == "full" and given.address is not None
+    return ray_cluster.Wanted(given.address, given.share, given.placement, needs_gpu)
 
 
 def _sweep(order: Order, ledger: Ledger, cluster: Cluster, clock: Clock, console: Console) -> int:
