@@ -117,7 +117,10 @@ class Run:
             places = self.journal.parent.glob("trials/*/host")
             return any(place.read_text() == "beta" for place in places)
 
-        wait("training", lambda: sum(trial.epoch for trial in self.state.trials.values()) >= epochs, self.driver)
+        try:
+            wait("training", lambda: sum(trial.epoch for trial in self.state.trials.values()) >= epochs, self.driver)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}: {(self.folder / 'driver.log').read_text()[-2000:]}") from None
         if self.trials == "steady" and not on_beta():
             raise RuntimeError("no trial runs on beta, so that nothing would be shown")
 
@@ -155,8 +158,9 @@ def wait(what: str, done: Callable[[], bool], process: subprocess.Popen[bytes] |
     """Until `done`; RuntimeError after a while, or when `process` ends before."""
     end = time.monotonic() + WAIT_S
     while not done():
-        if time.monotonic() > end or (process and process.poll() is not None):
-            raise RuntimeError(f"{what}: waited in vain")
+        ended = process.poll() if process else None
+        if time.monotonic() > end or ended is not None:
+            raise RuntimeError(f"{what}: waited in vain" + ("" if ended is None else f", exit code {ended}"))
         time.sleep(0.2)
 
 

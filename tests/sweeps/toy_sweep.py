@@ -153,7 +153,8 @@ TRIALS = {
         Trial("T-3", combo="shy", keyparams="", fault="shy"),
     ],
     "steady": [
-        Trial("T-1", combo=name, keyparams="", floor=0.0, sleep=SLEEP, saves=f"{name}.pth") for name in ("a", "b", "c")
+        Trial("T-1", combo=name, keyparams="", floor=number / 1000, sleep=SLEEP, saves=f"{name}.pth")
+        for number, name in enumerate("abc")
     ],
     "hanging": [
         Trial("T-1", combo="once", keyparams="", fault="hang", always=False, saves="good.pth"),
