@@ -45,7 +45,7 @@ class Outcome:
 
 @dataclass
 class Run:
-    """One sweep of three trials on two hosts, alpha (the head, three cores) and beta (one core)."""
+    """One sweep of three trials on two hosts, alpha (the head, two cores) and beta (one core)."""
 
     alpha: Host
     beta: Host
@@ -288,7 +288,7 @@ def suffer(fault: Callable[[Run], None], folder: Path) -> Outcome:
         alpha, beta = after.enter_context(two_hosts(folder))
         for host in (alpha, beta):
             host.mount(disk, folder / "storage")
-        alpha.start_ray(cpus=3)
+        alpha.start_ray(cpus=2)
         beta.start_ray(alpha, cpus=1)
         run = Run(alpha, beta, folder)
         run.serve()
