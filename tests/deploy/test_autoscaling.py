@@ -45,7 +45,14 @@ def autoscaler(port: int) -> dict[str, object]:
     module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     provider = {"type": "external", "module": module, "gcs_address": f"127.0.0.1:{port}"}
     empty = [f"{which}setup_commands" for which in ("", "head_", "worker_")]
-    empty += ["initialization_commands", "head_start_ray_commands", "worker_start_ray_commands"]
+    empty += [
+        "cluster_synced_files",
+        "rsync_exclude",
+        "rsync_filter",
+        "initialization_commands",
+        "head_start_ray_commands",
+        "worker_start_ray_commands",
+    ]
     return {
         "cluster_name": "made-up",
         "max_workers": described["max_workers"],
@@ -57,6 +64,7 @@ def autoscaler(port: int) -> dict[str, object]:
         "auth": {},
         "docker": {},
         "file_mounts": {},
+        "file_mounts_sync_continuously": False,
         **{key: [] for key in empty},
     }
 
@@ -100,9 +108,10 @@ def test_workers_come_for_a_sweep_and_go_after_it(tmp_path: Path) -> None:
         assert [alive for alive, _ in nodes].count(True) == 1, "an idle worker stayed"
         assert {memory for _, memory in nodes} == {None, "80"}, "a card of another size came"
     finally:
-        family = psutil.Process(head.pid).children(recursive=True)
+        family = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
         head.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs([psutil.Process(head.pid), *family], timeout=20)
+        _, alive = psutil.wait_procs(family, timeout=20)
         for one in alive:
             one.kill()
+        head.wait(20)
         shutil.rmtree(temp, ignore_errors=True)
