@@ -137,7 +137,11 @@ def two_hosts(folder: Path, env: Mapping[str, str] | None = None) -> Iterator[tu
             check=True,
         )
         for host in hosts:
-            host.call("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
+            # The address is a bridge's, not the cable's: it stays when the other host, and so the cable, is gone.
+            host.call("ip", "link", "add", "lan", "type", "bridge")
+            host.call("ip", "address", "add", f"{host.address}/24", "dev", "lan")
+            host.call("ip", "link", "set", "lan", "up")
+            host.call("ip", "link", "set", "eth0", "master", "lan")
             host.cable(up=True)
         yield one, two
     finally:
