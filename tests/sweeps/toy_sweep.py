@@ -152,10 +152,6 @@ TRIALS = {
         Trial("T-2", combo="sick", keyparams="", fault="sick", at=3),
         Trial("T-3", combo="shy", keyparams="", fault="shy"),
     ],
-    "steady": [
-        Trial("T-1", combo=name, keyparams="", floor=number / 1000, sleep=SLEEP, saves=f"{name}.pth")
-        for number, name in enumerate("abc")
-    ],
     "hanging": [
         Trial("T-1", combo="once", keyparams="", fault="hang", always=False, saves="good.pth"),
         Trial("T-2", combo="always", keyparams="", fault="hang", always=True),
