@@ -25,7 +25,7 @@ EPOCHS = int(os.environ.get("TOY_EPOCHS", "4"))
 
 class Toy(Trainable):
     """drop = floor + 0.1 / epoch^2; `fault` at epoch `at`: raise, nan, kill (once), sick (raise until healed), hang
-    (once, or always), stumble (raise once before every epoch).
+    (once, or always).
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -54,10 +54,6 @@ class Toy(Trainable):
         if fault == "kill" and self.epoch + 1 == at and not once.exists():
             once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        stumbled = self.folder / f"stumbled_{self.epoch}"
-        if fault == "stumble" and not stumbled.exists():
-            stumbled.touch()
-            raise RuntimeError("the toy stumbled")
         if fault == "hang" and self.epoch + 1 == at and (self.params["always"] or not (self.folder / "hung").exists()):
             (self.folder / "hung").touch()
             time.sleep(10_000)
@@ -155,7 +151,6 @@ TRIALS = {
     "hanging": [
         Trial("T-1", combo="once", keyparams="", fault="hang", always=False, saves="good.pth"),
         Trial("T-2", combo="always", keyparams="", fault="hang", always=True),
-        Trial("T-3", combo="stumbles", keyparams="", fault="stumble"),
     ],
     "hopeless": [Trial("T-1", combo="raises", keyparams="", fault="raise", at=1)],
     "baseline": [],
