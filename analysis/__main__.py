@@ -1,4 +1,4 @@
-"""Command line: python -m analysis pareto|effects|report|table|daily|verify: pictures, tables, checks."""
+"""Command line: python -m analysis pareto|effects|report|table|daily|watch|verify: pictures, tables, checks."""
 
 import argparse
 import sys
@@ -19,6 +19,7 @@ _EXAMPLES = """examples:
   python -m analysis report --tracking-uri sqlite:///runs/mlflow.db --campaign all --out report
   python -m analysis table --tracking-uri http://127.0.0.1:5000 --sweep k_grid_small_seed42 --csv verdicts.csv
   python -m analysis daily --tracking-uri sqlite:///runs/mlflow.db --date 2026-03-31 --csv daily.csv
+  python -m analysis watch --tracking-uri sqlite:///runs/mlflow.db --sweep k_grid_small_seed42
   python -m analysis verify runs/dust3r_small_seed42/deliverables
 """
 
@@ -68,6 +69,14 @@ def parser() -> argparse.ArgumentParser:
     daily.add_argument("--date", metavar="YYYY-MM-DD", help="which day, in this machine's time zone (default: today)")
     daily.add_argument("--csv", metavar="FILE", help="also write it as CSV")
     daily.add_argument("--markdown", metavar="FILE", help="also write it as Markdown, which it is printed as")
+    watch = commands.add_parser("watch", parents=[store], help="a running sweep on one screen, until it ends")
+    watch.add_argument("--sweep", required=True, metavar="NAME", help="the sweep's run name (or run id)")
+    watch.add_argument(
+        "--every", type=float, default=10.0, metavar="S", help="seconds (default: %(default)g; 0: look once)"
+    )
+    watch.add_argument(
+        "--command", dest="shell", metavar="SHELL", help="run on every new verdict: SLIMSWEEP_TRIAL, SLIMSWEEP_VERDICT"
+    )
     verify = commands.add_parser("verify", help="check a campaign's deliverables; exit code 1 for any problem")
     verify.add_argument("folder", metavar="FOLDER", help="the folder `deliverables` of a campaign")
     verify.add_argument("--tracking-uri", metavar="URI", help="where its runs are (default: mlflow.db of its storage)")
@@ -78,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for problems that `verify` found, or 2 after a one-line error."""
     options = parser().parse_args(arguments)
     commands = {
-        "pareto": _pareto, "effects": _effects, "report": _report, "table": _table, "daily": _daily, "verify": _verify,
+        "pareto": _pareto, "effects": _effects, "report": _report, "table": _table, "daily": _daily, "watch": _watch,
+        "verify": _verify,
     }  # fmt: skip
     try:
         return commands[options.command](options) or 0
@@ -159,6 +169,21 @@ def _daily(options: argparse.Namespace) -> None:
     if options.markdown:
         table.save(options.markdown, daily.markdown(sheet))
     print(daily.markdown(sheet), end="")
+
+
+def _watch(options: argparse.Namespace) -> None:
+    from analysis import watch
+
+    def show(view: watch.View) -> None:
+        clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
+        print(clear + "\n".join(watch.lines(view)), flush=True)
+
+    if not 0 <= options.every <= 86_400:
+        raise InputError(f"--every {options.every:g}: expected seconds from 0 to 86400")
+    if options.every:
+        watch.follow(options.tracking_uri, options.sweep, options.every, options.shell, show)
+    else:
+        show(watch.look(options.tracking_uri, options.sweep))
 
 
 def _verify(options: argparse.Namespace) -> int:

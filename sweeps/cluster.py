@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import InputError
+from sweeps.placement import Cluster, Node, Placement, place
 
 PACKAGES = ("sweeps", "trainables", "engines", "analysis")
 HOW_TO_START = (
@@ -43,20 +45,24 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """What can be used. slots: trials at a time; gpus: accelerators per trial (0 or 1)."""
+class Wanted:
+    """Which Ray a sweep wants. address: None starts one here; `auto` or host:port joins one. share: part of its slots
+    that the sweep uses, at least one. needs_gpu: whether cores alone will not do.
+    """
 
-    slots: int
-    gpus: int
+    address: str | None
+    share: float = 1.0
+    placement: Placement = Placement()
+    needs_gpu: bool = False
 
 
 @contextlib.contextmanager
-def connect(address: str | None, share: float = 1.0) -> Iterator[Cluster]:
-    """Ray for the length of a sweep. address: None starts one here; `auto` or host:port joins one, of whose slots the
-    sweep uses the given share, at least one.
+def connect(wanted: Wanted) -> Iterator[Cluster]:
+    """Ray for the length of a sweep.
 
-    Raises InputError when no cluster answers or its token is missing or wrong.
+    Raises InputError when no cluster answers, its token is missing or wrong, or no node has what a trial needs.
     """
+    address = wanted.address
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     before = os.environ.get("RAY_AUTH_MODE")
@@ -95,10 +101,7 @@ def connect(address: str | None, share: float = 1.0) -> Iterator[Cluster]:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise _explained(address, error) from error
     try:
-        total = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        gpus = 1 if total.get("GPU", 0) >= 1 else 0
-        slots = int(total["GPU"] if gpus else total.get("CPU", 1))
-        yield Cluster(slots=max(1, int(slots * share)), gpus=gpus)
+        yield _placed(wanted)
     finally:
         ray.shutdown()
         if address is None:  # what else this process may do with Ray has nothing to do with our token
@@ -107,6 +110,35 @@ def connect(address: str | None, share: float = 1.0) -> Iterator[Cluster]:
                 os.environ["RAY_AUTH_MODE"] = before
             Config.initialize("")
             AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _placed(wanted: Wanted) -> Cluster:
+    """Where trials can run. Where an autoscaler has no fitting node up, asking for one makes it start one."""
+    asked = wanted.placement
+    try:
+        return place(asked, nodes(), wanted.share, wanted.needs_gpu)
+    except InputError:
+        if not asked.wait_min:
+            raise
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    gpus = asked.gpus if asked.gpus is not None else float(wanted.needs_gpu or asked.gpu_memory is not None)
+    bundle = {"CPU": asked.cpus or 1.0} | ({"GPU": gpus} if gpus else {})
+    one = placement_group([bundle], bundle_label_selector=[asked.labels])
+    try:
+        ray.wait([one.ready()], timeout=60 * asked.wait_min)
+        return place(asked, nodes(), wanted.share, wanted.needs_gpu)
+    finally:
+        remove_placement_group(one)
+
+
+def nodes() -> list[Node]:
+    """The nodes that are alive, always in the same order."""
+    import ray
+
+    known = sorted(ray.nodes(), key=lambda node: str(node["NodeID"]))  # type: ignore[no-untyped-call]
+    return [Node.of(node) for node in known if node["Alive"]]
 
 
 def cores() -> int:
@@ -119,11 +151,13 @@ def _check_token() -> None:
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:
-        found = path.read_text().strip()
+        found, mode = path.read_text().strip(), path.stat().st_mode & 0o777
     except OSError as error:
         raise InputError(f"--address: no cluster token in {path} ({error.strerror}); {HOW_TO_TOKEN}") from error
     if not found:
         raise InputError(f"--address: the token file {path} is empty; {HOW_TO_TOKEN}")
+    if mode & 0o077:  # as Ray itself writes it; whoever reads it runs code on every node
+        raise InputError(f"--address: others may read the token file {path} (mode {mode:o}); `chmod 600 {path}`")
 
 
 def _check_port(address: str) -> None:
@@ -157,7 +191,12 @@ def _muted() -> Iterator[None]:
 
 
 def _explained(address: str | None, error: Exception) -> InputError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    first = lines[0]
+    if "ersion mismatch" in first:
+        versions = ", ".join(line for line in lines if re.match(r"(Ray|Python):", line))
+        how = "start this script with the cluster's Python and Ray (constraints.txt pins them)"
+        return InputError(f"--address {address}: versions of the cluster, then of this driver: {versions}; {how}")
     if address is None:
         return InputError(f"Ray could not start on this machine ({first}); see /tmp/ray for its logs")
     refused = type(error).__name__ == "AuthenticationError" or "token" in first.lower()

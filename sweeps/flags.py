@@ -1,6 +1,7 @@
 """The command line, the same for every sweep script; what a campaign has in common with them."""
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engines.errors import InputError
+from sweeps.placement import Placement, add_flags, read_flags
 from sweeps.settings import PROFILES, parse_set
 
 
@@ -15,7 +17,8 @@ from sweeps.settings import PROFILES, parse_set
 class Flags:
     """What was asked for. storage: an absolute folder. samples: searched trials (0 for the grid). audit: share of
     stopped trials that run on, 0 to 1. campaign: the campaign that the sweep belongs to. share: part of the cluster's
-    slots that the sweep uses.
+    slots that the sweep uses. placement: what a trial needs of its node. hang_min:
+    minutes without a report after which a trial is taken to hang.
     """
 
     address: str | None
@@ -32,6 +35,8 @@ class Flags:
     campaign: str | None
     share: float
     audit: float
+    placement: Placement
+    hang_min: float
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,6 +97,14 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         metavar="SHARE",
         help="let this share of the trials that stop-loss would end run on, to count its false stops (default: 0)",
     )
+    add(
+        "--hang-after",
+        type=float,
+        default=120.0,
+        metavar="MIN",
+        help="without a report a trial is killed, and retried once (default: %(default)g)",
+    )
+    add_flags(parser)
     given = parser.parse_args(argv)
     check(given)
     if not 0 < given.share <= 1:
@@ -100,6 +113,8 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         raise InputError(f"--seeds {given.seeds}: expected 1 or more")
     if not 0 <= given.audit <= 1:
         raise InputError(f"--audit {given.audit:g}: expected a share from 0 to 1, for example 0.2")
+    if not 0 < given.hang_after < math.inf:
+        raise InputError(f"--hang-after {given.hang_after:g}: expected minutes, more than the longest epoch takes")
     return Flags(
         address=given.address,
         profile=given.profile,
@@ -115,6 +130,8 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         campaign=given.campaign,
         share=given.share,
         audit=given.audit,
+        placement=read_flags(given),
+        hang_min=given.hang_after,
     )
 
 

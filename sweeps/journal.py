@@ -247,7 +247,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         data = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(data, dict) or not EVENTS.get(str(data.get("event")), {"?"}) <= data.keys():
         return None

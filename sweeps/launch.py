@@ -24,11 +24,12 @@ import psutil
 from rich.console import Console
 
 from engines.errors import InputError
-from sweeps import ablation, audit, deliver, dry, flags
+from sweeps import ablation, audit, deliver, dry, flags, hosts
 from sweeps import cluster as ray_cluster
 from sweeps.ledger import Ledger, inspect
 from sweeps.lineage import best_of
 from sweeps.measure import Bench, compile_best, measure, prepare
+from sweeps.placement import Cluster
 from sweeps.plan import Planned, Planner, refuse_hidden
 from sweeps.progress import Progress
 from sweeps.search import Search, far_end
@@ -197,7 +198,9 @@ def _execute(order: Order) -> int:
         if order.given.resume:
             ledger.check(order.header)
         # In this order: Ray sets its own handler of SIGTERM, which would abort the process.
-        with ray_cluster.connect(order.given.address, order.given.share) as cluster, interruptible():
+        with ray_cluster.connect(_wanted(order)) as cluster, interruptible():
+            if order.given.address:
+                hosts.check(ledger.folder)
             return _sweep(order, ledger, cluster, clock, console)
     except KeyboardInterrupt:
         return _interrupted(order, ledger, console)
@@ -210,7 +213,14 @@ def _execute(order: Order) -> int:
         ledger.abandon()
 
 
-def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Clock, console: Console) -> int:
+def _wanted(order: Order) -> ray_cluster.Wanted:
+    given = order.given
+    # On one machine `full` may be tried out on cores; on a cluster it would be days of the wrong nodes.
+    needs_gpu = given.profile == "full" and given.address is not None
+    return ray_cluster.Wanted(given.address, given.share, given.placement, needs_gpu)
+
+
+def _sweep(order: Order, ledger: Ledger, cluster: Cluster, clock: Clock, console: Console) -> int:
     sweep, values = order.sweep, order.resolved.values
     common = {
         "domain": sweep.domain,
@@ -239,7 +249,7 @@ def _sweep(order: Order, ledger: Ledger, cluster: ray_cluster.Cluster, clock: Cl
             for batch in _batches(order, ledger, cluster.slots):
                 clock.mark("set-up")
                 with progress.phase("training"):
-                    train(sweep, ledger, batch, values, cluster, progress, cache, order.given.audit)
+                    train(sweep, ledger, batch, values, cluster, progress, cache, order.given)
                 clock.mark("training")
                 measure(bench, batch, progress)
                 clock.mark("measuring")

@@ -16,10 +16,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engines.errors import InputError
 from sweeps import audit
-from sweeps.cluster import Cluster
+from sweeps.cluster import nodes
 from sweeps.hours import trained
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
+from sweeps.placement import Cluster
 from sweeps.plan import Planned
 from sweeps.progress import Progress
 from sweeps.settings import Resolved
@@ -111,7 +112,8 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
         Path(bench.job(None)["work_dir"]).mkdir(parents=True, exist_ok=True)
         timed = bench.sweep.latency
         with progress.phase("measuring", total=(1 + timed) * len(able)):
-            task = ray.remote(num_cpus=1, num_gpus=bench.cluster.gpus, max_retries=2)(_call)
+            needs: dict[str, Any] = {"num_gpus": bench.cluster.gpus, "label_selector": dict(bench.cluster.labels)}
+            task = ray.remote(num_cpus=1, max_retries=2, **needs)(_call)
             pending = {task.remote(measures.measure_quality, bench.job(trial)): trial for trial in able}
             for done, (ref, trial) in enumerate(pending.items()):
                 progress.item(f"quality of {trial.exp_id}", done)
@@ -268,15 +270,16 @@ def _call(function: Any, job: dict[str, Any]) -> Any:
 
 
 def _alone(cluster: Cluster) -> Any:
-    """A Ray task that holds a whole node, always the same one, so that its times compare."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    nodes.sort(key=lambda n: (-n["Resources"].get("GPU", 0), -n["Resources"].get("CPU", 0), n["NodeID"]))
-    node = nodes[0]
+    """A Ray task that holds a whole node of the kind to measure on, always the same one, so that its times compare."""
+    fitting = [node for node in nodes() if cluster.measures_on(node)]
+    if not fitting:
+        raise InputError(f"--latency-on {cluster.latency_on}: its nodes are gone; add one and go on with --resume")
+    node = max(fitting, key=lambda node: (node.offers("GPU"), node.offers("CPU"), node.node_id))
     options: dict[str, Any] = {
-        "num_cpus": max(1, int(node["Resources"].get("CPU", 1))),
-        "num_gpus": min(cluster.gpus, node["Resources"].get("GPU", 0)),
+        "num_cpus": max(1, int(node.offers("CPU"))),
+        "num_gpus": min(math.ceil(cluster.gpus), node.offers("GPU")),
         "max_retries": 2,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False),
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False),
     }
     return ray.remote(**options)(_call)
 

@@ -1,4 +1,5 @@
-"""The process that mirrors a sweep's journal into MLflow: `python -m sweeps.mlflow_writer JOURNAL URI`.
+"""The process that mirrors a sweep's journal into MLflow: `python -m sweeps.mlflow_writer JOURNAL`, with the address in
+the environment, where other users of the machine cannot read its password.
 
 It compares what the journal says with what it has sent, and sends the difference: one run for the sweep,
 one child per trial, each found again by its (sweep_id, trial_id) tags before it would be made a second
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps import mlflow_content as content
 from sweeps.journal import SweepState, parse
-from sweeps.tracking import CURSOR, EXPERIMENT, lock_of, sqlite_path
+from sweeps.tracking import CURSOR, EXPERIMENT, URI, lock_of, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -230,6 +231,9 @@ class Mirror:
 
     def _send_file(self, client: MlflowClient, path: str, key: str | None) -> None:
         local, run = self.journal.parent / path, self._runs[key]
+        if not local.resolve().is_relative_to(self.journal.parent.resolve()):
+            self.problems[path] = f"{path} was not logged: it lies outside of the sweep's folder"
+            return  # the journal may be of somebody else, and everybody may read what is logged
         if not run.run_id:
             run = self._runs[None]  # a file of a trial that has no run yet
         try:
@@ -339,7 +343,7 @@ def _run(mirror: Mirror, driver: _Driver) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Entry point; the exit status is 0 when the whole journal is in MLflow."""
-    journal, uri = Path(arguments[0]), arguments[1]
+    journal, uri = Path(arguments[0]), os.environ.pop(URI)
     driver, path = _Driver(), sqlite_path(uri)
     with (journal.parent / "tracking.lock").open("a") as lock:
         while True:  # the mirror of a driver that was killed may still be writing

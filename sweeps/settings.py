@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from engines.errors import InputError
+from engines.untrusted import yaml_data
 from sweeps.spec import SettingsFile
 from trainables.alphaqubit.settings import (
     DecoderFusionSettings,
@@ -148,8 +149,8 @@ def parse_set(items: Sequence[str]) -> dict[str, Any]:
             problems.append(f"--set {key}: given twice")
         else:
             try:
-                values[key] = yaml.safe_load(text)
-            except yaml.YAMLError:
+                values[key] = yaml_data(text, f"--set {key}")
+            except InputError:
                 problems.append(f"--set {item}: the value is not YAML, e.g. 3, 1.5e-4 or '{{linear: [0.5, 0.1]}}'")
     if problems:
         raise InputError("; ".join(problems))

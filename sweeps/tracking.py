@@ -32,6 +32,7 @@ from engines.errors import InputError
 
 EXPERIMENT = "slimsweep"
 CURSOR, LOG = "tracked.json", "tracking.log"
+URI = "SLIMSWEEP_TRACKING_URI"
 _KINDS = "sqlite:///FILE, http://HOST:PORT, postgresql://... or mysql://..."
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -209,10 +210,10 @@ class Tracker:
             database.parent.mkdir(parents=True, exist_ok=True)
         root = str(Path(__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = _ENVIRONMENT | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths)}
+        environment = _ENVIRONMENT | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), URI: self.uri}
         with (folder / LOG).open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sweeps.mlflow_writer", str(self.journal), self.uri],
+                [sys.executable, "-m", "sweeps.mlflow_writer", str(self.journal)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

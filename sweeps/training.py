@@ -5,25 +5,30 @@ journal.
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune import Callback
+from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from sweeps.audit import is_chosen
-from sweeps.cluster import Cluster
+from sweeps.flags import Flags
 from sweeps.ledger import Ledger
+from sweeps.placement import Cluster
 from sweeps.plan import Planned
 from sweeps.progress import Progress
 from sweeps.scheduler import Audit, StopLossScheduler
 from sweeps.spec import Sweep
 from sweeps.stoploss import StopLossRule
 
-RETRIES = 3
+RETRIES = 3  # without a new epoch in between
 
 
 def rule_of(sweep: Sweep, values: Mapping[str, Any]) -> StopLossRule:
@@ -51,12 +56,9 @@ def train(
     cluster: Cluster,
     progress: Progress,
     cache_dir: Path,
-    audit: float = 0.0,
+    given: Flags,
 ) -> None:
-    """Train what is unfinished. A trial that raises is retried, then recorded as failed; the others go on.
-
-    audit: share of the trials that stop-loss would end that run on all the same.
-    """
+    """Train what is unfinished. A trial that raises or hangs is retried, then recorded as failed; the others go on."""
 
     broken: list[OSError] = []  # Ray would take an exception of a scheduler for one of the trial
 
@@ -80,7 +82,9 @@ def train(
     histories = {key: trial.drops for key, trial in ledger.state.trials.items() if trial.results}
     rule = rule_of(sweep, values)
     audits = {key: trial.audit for key, trial in ledger.state.trials.items() if trial.audit}
-    scheduler = _Timed(rule, on_result, on_stop, histories, Audit(partial(is_chosen, share=audit), on_audit, audits))
+    scheduler = _Timed(
+        rule, on_result, on_stop, histories, Audit(partial(is_chosen, share=given.audit), on_audit, audits)
+    )
     waiting = []
     for trial in unfinished(ledger, planned):
         # The driver may have died between the last result and its stop.
@@ -107,14 +111,16 @@ def train(
     for config in configs:
         Path(str(config["state_dir"])).mkdir(parents=True, exist_ok=True)
     # A few trials more than slots would leave cores idle in the last wave: let them share the cores instead.
-    crowded = not cluster.gpus and cluster.slots < len(waiting) < 2 * cluster.slots
-    share = cluster.slots / len(waiting) if crowded else 1
+    crowded = cluster.shared_cores and cluster.slots < len(waiting) < 2 * cluster.slots
+    cpus = cluster.slots / len(waiting) if crowded else cluster.cpus
+    bundle = {"CPU": cpus, "GPU": cluster.gpus} if cluster.gpus else {"CPU": cpus}
+    resources = tune.PlacementGroupFactory([bundle], bundle_label_selector=[dict(cluster.labels)])
     for left in ledger.folder.glob(".ray-*"):  # of a driver that was killed
         shutil.rmtree(left, ignore_errors=True)
     scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)
     try:
         tune.Tuner(
-            tune.with_resources(sweep.trainable, {"cpu": share, "gpu": cluster.gpus}),
+            tune.with_resources(sweep.trainable, resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Queue(configs),
                 scheduler=scheduler,
@@ -126,7 +132,7 @@ def train(
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=scratch,
-                callbacks=[_Watch(ledger, progress, broken)],
+                callbacks=[_Watch(ledger, progress, broken, 60 * given.hang_min)],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 verbose=0,
@@ -175,23 +181,56 @@ class _Queue(Searcher):
         """See `save`."""
 
 
-class _Watch(_Unsaved, Callback):
-    """Tells the journal of trials that Ray gave up on, and the display of trials that start."""
+@dataclass
+class _Heard:
+    """When a running trial was last heard of, its last epoch, and how often it has hung since then."""
 
-    def __init__(self, ledger: Ledger, progress: Progress, broken: list[OSError]) -> None:
-        self._ledger, self._progress, self._broken = ledger, progress, broken
+    at: float
+    epoch: int = 0
+    hung: int = 0
+
+
+class _Watch(_Unsaved, Callback):
+    """Tells the journal of trials that Ray gave up on, and the display of trials that start; ends those that hang."""
+
+    def __init__(self, ledger: Ledger, progress: Progress, broken: list[OSError], hang_s: float) -> None:
+        self._ledger, self._progress, self._broken, self._hang_s = ledger, progress, broken, hang_s
+        self._heard: dict[str, _Heard] = {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._broken:
             raise self._broken[0]  # without its journal a sweep must not go on
+        now = time.monotonic()
+        for trial in trials:
+            heard = self._heard.get(trial.config["trial_id"])
+            if heard and trial.status == Trial.RUNNING and now - heard.at > self._hang_s:
+                self._end_hanging(trial, heard)
+
+    def _end_hanging(self, trial: Any, heard: _Heard) -> None:
+        heard.at, heard.hung = time.monotonic(), heard.hung + 1
+        if heard.hung > 1:  # the next failure is one too many
+            trial.run_metadata.num_failures = trial.max_failures
+        if trial.temporary_state.ray_actor:
+            ray.kill(trial.temporary_state.ray_actor)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._heard.setdefault(trial.config["trial_id"], _Heard(0)).at = time.monotonic()
         self._progress.started(self._ledger.trial(trial.config["trial_id"]))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        heard, epoch = self._heard[trial.config["trial_id"]], int(result.get("epoch", 0))
+        heard.at = time.monotonic()
+        if epoch > heard.epoch:  # over days many hosts may go: only a trial that gets nowhere is broken
+            heard.epoch, heard.hung, trial.run_metadata.num_failures = epoch, 0, 0
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial.config["trial_id"]
         path = Path(str(trial.error_file))
-        _fail(self._ledger, trial_id, last_error(path.read_text() if path.is_file() else "lost its worker"))
+        error = last_error(path.read_text() if path.is_file() else "lost its worker")
+        heard = self._heard.get(trial_id)
+        if heard and heard.hung > 1:
+            error = f"hung after epoch {heard.epoch}: no report for {self._hang_s / 60:g} min, twice"
+        _fail(self._ledger, trial_id, error)
         self._progress.failed(self._ledger.trial(trial_id))
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engines.errors import InputError
+from engines.untrusted import refuse_inflating
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -58,6 +59,7 @@ def load(path: Path, what: str = "checkpoint") -> dict[str, Any]:
     """Read a file that :func:`save` wrote. Raises InputError when it is missing, truncated or not such a file."""
     if not path.is_file():
         raise InputError(f"{what} {path} does not exist; give the path of a .pth file that slimsweep wrote")
+    refuse_inflating(path, what)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -23,7 +23,7 @@ class Prune(Distill):
     def _student(self, cache: Path) -> nn.Module:
         """The teacher after the first step, or the model of the state that is about to be restored."""
         self.pruning = PruneSettings.among(self.settings)
-        self._narrow: tuple[int, nn.Module] | None = None
+        self.narrow: tuple[int, nn.Module] | None = None
         state = self.folder / "state.pt"
         return self.domain.load(state) if state.exists() else pruned(cache, self.domain, self.pruning.steps)
 
@@ -40,9 +40,9 @@ class Prune(Distill):
         """The model at its final width; before the last step a copy that is pruned as far as that at once."""
         if self.epoch > self.pruning.step_epochs[-1]:
             return self.model
-        if self._narrow is None or self._narrow[0] != self.epoch:
-            self._narrow = self.epoch, self.domain.pruned(self.model, 1.0)
-        return self._narrow[1]
+        if self.narrow is None or self.narrow[0] != self.epoch:
+            self.narrow = self.epoch, self.domain.pruned(self.model, 1.0)
+        return self.narrow[1]
 
     def _state(self) -> dict[str, Any]:
         """Also how to build the present model: its widths change from step to step."""

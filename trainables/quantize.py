@@ -80,14 +80,14 @@ class Quantize(Distill):
             self._insert()
         if first or epoch <= self.settings["epochs"] - math.ceil(self.quant.frozen_share * self.settings["epochs"]):
             clipped = deploy.ranges(self.domain, self._plain(), self.policy, self.folder)
-            ranges = {name: max(clipped[node] for node in nodes) for name, nodes in self._nodes.items()}
+            ranges = {name: max(clipped[node] for node in nodes) for name, nodes in self.nodes.items()}
             fake_quant.set_ranges(self.model, ranges)
 
     def _insert(self) -> None:
         self.faked = True
         (chosen,) = deploy.choices_of(self.domain, self.model, self.policy)
-        self._nodes = fake_quant.modules_of(chosen, self.model)
-        fake_quant.insert(self.model, self._nodes, self.policy, self._look)
+        self.nodes = fake_quant.modules_of(chosen, self.model)
+        fake_quant.insert(self.model, self.nodes, self.policy, self._look)
 
     @torch.no_grad()
     def _look(self, model: nn.Module) -> None:

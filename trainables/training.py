@@ -7,6 +7,7 @@ killed worker, a lost node and a resumed sweep take the same path, and resumed e
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
@@ -69,6 +70,7 @@ class Training(Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Build everything from `config`, then go on from the state directory if it holds a state."""
         self.config = config
+        self._before = vars(self).get("_before") or {*vars(self), "_before"}  # Ray's own, which outlive a trial
         self.settings: dict[str, Any] = config["settings"]
         self.folder = Path(config["state_dir"])
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,8 +104,17 @@ class Training(Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take over another trial in the same process (starting one costs seconds of imports)."""
+        self._forget()
         self.setup(new_config)
         return True
+
+    def _forget(self) -> None:
+        """Free what the last trial held, before the next one needs as much: a card may not have room for both."""
+        for name in [name for name in vars(self) if name not in self._before and not name.startswith("_")]:
+            delattr(self, name)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # other trials share the card
 
     def step(self) -> dict[str, Any]:
         """Train one epoch, validate, save.

@@ -117,8 +117,10 @@ def test_a_sweep_on_this_machine_alone_disturbs_no_cluster_and_is_not_disturbed(
     assert done.returncode == 0 and "T_good_run1" in done.stdout, done.stderr
 
 
-def test_a_local_sweep_listens_on_the_loopback_alone_and_asks_for_its_token(tmp_path: Path) -> None:
+def test_a_local_sweep_listens_on_the_loopback_alone_and_keeps_its_secrets(tmp_path: Path) -> None:
+    """It asks for its token; and that, and MLflow's password, stand in no file, no log and no process list."""
     env = {**os.environ, "TOY_SLEEP": "1", "TOY_EPOCHS": "60"} | {"RAY_AUTH_MODE": "disabled"}
+    env |= {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "hush-0123456789"}
     env.pop("RAY_AUTH_TOKEN", None)
     command = [sys.executable, str(TOY), "--storage", str(tmp_path)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
@@ -145,15 +147,26 @@ def test_a_local_sweep_listens_on_the_loopback_alone_and_asks_for_its_token(tmp_
         stranger.kill()
         stranger.wait()
         assert "InvalidAuthToken" in said, said
+        gcs = next(process for process in family if "gcs_server" in process.name())
+        secrets = [gcs.environ()["RAY_AUTH_TOKEN"], "hush-0123456789"]
+        lines = [" ".join(process.cmdline()) for process in family]
+        assert not [line for line in lines for secret in secrets if secret in line]
+        assert any("sweeps.mlflow_writer" in line for line in lines)
+        assert not [line for line in lines if "mlflow.db" in line], "an address, which may hold a password, is public"
+        logs = next(Path(word.partition("=")[2]) for word in gcs.cmdline() if word.startswith("--log_dir="))
     finally:
         driver.terminate()
         driver.wait(60)
+    written = [path for place in (tmp_path, logs) for path in place.rglob("*") if path.is_file()]
+    assert {"journal.jsonl", "mlflow.db", "tracking.log"} <= {path.name for path in written} and len(written) > 10
+    assert not [(path, secret) for path in written for secret in secrets if secret.encode() in path.read_bytes()]
 
 
 def test_a_driver_without_the_right_token_is_told_what_to_do(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     address, env = head
     wrong = tmp_path / "token"
     wrong.write_text("fedcba9876543210fedcba9876543210")
+    wrong.chmod(0o600)
     code, out, err = drive(tmp_path / "runs", address, {**env, "RAY_AUTH_TOKEN_PATH": str(wrong)})
     assert code == 2 and err.startswith("error: --address") and "token" in err, err
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in out
@@ -163,6 +176,7 @@ def test_a_driver_without_the_right_token_is_told_what_to_do(head: tuple[str, di
 def test_bad_addresses_end_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef")
+    token.chmod(0o600)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     port = free_ports(1)[0]
@@ -172,19 +186,24 @@ def test_bad_addresses_end_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
         "host:99999": "expected `auto` or HOST:PORT",
         "ray://host:10001": "expected `auto` or HOST:PORT",
     }.items():
-        with pytest.raises(InputError) as caught, cluster.connect(address):
+        with pytest.raises(InputError) as caught, cluster.connect(cluster.Wanted(address)):
             pass
         assert said in str(caught.value) and address in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_missing_or_empty_token_says_where_it_belongs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_empty_or_open_token_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(InputError, match="no cluster token in .*ray get-auth-token"), cluster.connect("auto"):
+    joining = cluster.Wanted("auto")
+    with pytest.raises(InputError, match="no cluster token in .*ray get-auth-token"), cluster.connect(joining):
         pass
     (tmp_path / "none").write_text("\n")
-    with pytest.raises(InputError, match="is empty"), cluster.connect("auto"):
+    with pytest.raises(InputError, match="is empty"), cluster.connect(cluster.Wanted("auto")):
+        pass
+    (tmp_path / "none").write_text("0123456789abcdef")
+    (tmp_path / "none").chmod(0o640)
+    with pytest.raises(InputError, match=r"others may read .*\(mode 640\); `chmod 600"), cluster.connect(joining):
         pass
 
 
@@ -194,8 +213,9 @@ def test_auto_without_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert str(error).startswith("--address auto: no Ray cluster found (Could not find any running Ray instance")
     assert "ray start --head" in str(error) and "\n" not in str(error)
     (tmp_path / "token").write_text("0123456789abcdef")
+    (tmp_path / "token").chmod(0o600)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_ports(1)[0]}")
-    with pytest.raises(InputError, match="no Ray cluster answers"), cluster.connect("auto"):
+    with pytest.raises(InputError, match="no Ray cluster answers"), cluster.connect(cluster.Wanted("auto")):
         pass

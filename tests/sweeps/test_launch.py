@@ -237,6 +237,17 @@ def test_resume_tries_again_what_failed(tmp_path: Path) -> None:
     assert mlflow_runs(tmp_path)["T_sick_run1"] == "FINISHED"
 
 
+@pytest.mark.slow
+def test_a_trial_that_hangs_is_retried_once_then_recorded(tmp_path: Path) -> None:
+    """One hangs once and still gets to its end from its last epoch; the other hangs whenever it is started."""
+    code, _, err = finish(start(tmp_path, "--hang-after", "0.1", TOY_TRIALS="hanging"))
+    assert code == 0, err
+    once, always = (next(t for t in replay(tmp_path / NAME).trials.values() if t.task_id == k) for k in ("T-1", "T-2"))
+    assert [epoch for epoch, _ in once.results] == [1, 2, 3, 4] and once.record and once.record["verdict"] == "pass"
+    assert always.record and always.record["stop_reason"] == "failed" and always.epoch == 1
+    assert "hung after epoch 1: no report for 0.1 min, twice" in always.record["notes"]
+
+
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:
     """While Ray is loaded, and while torch is, which comes later."""
     command = [sys.executable, "sweeps/k_grid.py", "--storage", str(tmp_path / "runs")]

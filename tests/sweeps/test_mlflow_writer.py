@@ -132,6 +132,21 @@ def test_what_mlflow_refuses_is_told_and_holds_up_nothing_else(storage, paper):
     assert [step for step, _ in paper.steps_of(uri, paper.runs_of(uri)["a"])] == [1, 2]
 
 
+def test_no_file_from_outside_of_the_sweeps_folder_is_logged(storage, paper):
+    """The journal of somebody else may name any file of this machine, or a link to one."""
+    sweep, uri = paper.Sweep(storage), default_uri(storage)
+    sweep.whole("a")
+    (storage / "private.txt").write_text("hush")
+    (sweep.folder / "link.txt").symlink_to(storage / "private.txt")
+    (sweep.folder / "own.txt").write_text("fine")
+    for path in ("../private.txt", str(storage / "private.txt"), "link.txt", "own.txt"):
+        sweep.journal.append("file", path=path, trial_id=None)
+    mirrored(sweep, uri)
+    run = paper.runs_of(uri)[None]
+    assert [file.path for file in paper.client_of(uri).list_artifacts(run.info.run_id)] == ["own.txt"]
+    assert problem(sweep).count("lies outside of the sweep's folder") >= 2
+
+
 def test_a_cursor_for_another_store_is_not_believed(storage, paper, tmp_path):
     sweep, uri = paper.Sweep(storage), default_uri(storage)
     sweep.whole("a")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,9 @@ EPOCHS = int(os.environ.get("TOY_EPOCHS", "4"))
 
 
 class Toy(Trainable):
-    """drop = floor + 0.1 / epoch^2; `fault` at epoch `at`: raise, nan, kill (once), sick (raise until healed)."""
+    """drop = floor + 0.1 / epoch^2; `fault` at epoch `at`: raise, nan, kill (once), sick (raise until healed), hang
+    (once, or always).
+    """
 
     def setup(self, config: dict[str, Any]) -> None:
         self.config_ = config
@@ -51,7 +54,11 @@ class Toy(Trainable):
         if fault == "kill" and self.epoch + 1 == at and not once.exists():
             once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "hang" and self.epoch + 1 == at and (self.params["always"] or not (self.folder / "hung").exists()):
+            (self.folder / "hung").touch()
+            time.sleep(10_000)
         self.epoch += 1
+        (self.folder / "host").write_text(socket.gethostname())
         with (self.folder / "steps.log").open("a") as log:
             log.write(f"{self.epoch}\n")
         (self.folder / "best.pth").write_text(f"weights after epoch {self.epoch}")
@@ -140,6 +147,10 @@ TRIALS = {
         Trial("T-1", combo="good", keyparams="", floor=0.0, saves="good.pth"),
         Trial("T-2", combo="sick", keyparams="", fault="sick", at=3),
         Trial("T-3", combo="shy", keyparams="", fault="shy"),
+    ],
+    "hanging": [
+        Trial("T-1", combo="once", keyparams="", fault="hang", always=False, saves="good.pth"),
+        Trial("T-2", combo="always", keyparams="", fault="hang", always=True),
     ],
     "hopeless": [Trial("T-1", combo="raises", keyparams="", fault="raise", at=1)],
     "baseline": [],

@@ -56,7 +56,7 @@ def test_past_the_budget_it_trains_and_fakes_quantization_in_the_last_share(tiny
                  and m.weight_quantizer.is_enabled}  # fmt: skip
     assert "enc_blocks.0.attn.qkv" in quantized and "enc_blocks.0.norm1" not in quantized
     clipped = deploy.ranges(trial.domain, trial._plain(), trial.policy, trial.folder)
-    found = clipped[trial._nodes["enc_blocks.0.attn.qkv"][0]]
+    found = clipped[trial.nodes["enc_blocks.0.attn.qkv"][0]]
     moved = abs(float(trial.model.enc_blocks[0].attn.qkv.input_quantizer.amax) / found - 1)
     assert moved < 0.2, "the range that the policy finds, as of the epoch in which they were frozen"
     plain = trial._plain()

@@ -1,5 +1,6 @@
 import json
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -214,3 +215,19 @@ def test_a_batch_in_pieces_makes_the_same_step(config):
         expected, found = whole.step(), pieces.step()
         assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
         assert found["val_quality"] == pytest.approx(expected["val_quality"], rel=1e-4)
+
+
+def test_the_next_trial_starts_when_the_memory_of_the_last_is_free(config):
+    """A card may have room for one of them: nothing of the old model may be left when the new one is built."""
+    held, left = [], []
+
+    class Watched(Noisy):
+        def build(self):
+            left.append([ref() is not None for ref in held])
+            super().build()
+            held.append(weakref.ref(next(self.model.parameters())))
+
+    trial = Watched(config("first"))
+    trial.train()
+    assert trial.reset_config(config("second"))
+    assert left == [[], [False]] and trial.train()["epoch"] == 1

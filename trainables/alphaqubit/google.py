@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import stim
 import torch
-import yaml
 
 from engines.errors import InputError, command_line
+from engines.untrusted import yaml_data
 from trainables.alphaqubit import decisions, matching
 from trainables.alphaqubit.compare import FAST, binomial
 from trainables.alphaqubit.layout import Placement, layout_of
@@ -144,8 +144,8 @@ def _named(folder: Path) -> dict[str, Any]:
 def _properties(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        values = json.loads(text) if path.suffix == ".json" else yaml_data(text, str(path))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, InputError) as error:
         raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}): get the file again") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no table of keys and values: get the file again")

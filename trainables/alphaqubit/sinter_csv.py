@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sinter
-import yaml
 
 from engines.errors import InputError, command_line
+from engines.untrusted import yaml_data
 from trainables.alphaqubit.sampler import Experiment
 from trainables.record import Record, read_csv
 
@@ -46,7 +46,7 @@ def append(path: Path, lines: Sequence[sinter.TaskStats]) -> None:
 def of_run(folder: Path) -> list[sinter.TaskStats]:
     """Every decoder that a finished sweep measured, and once those that it was compared with."""
     try:
-        workload = yaml.safe_load((folder / "workload.yaml").read_text())
+        workload = yaml_data((folder / "workload.yaml").read_text(), f"{folder}/workload.yaml")
         records = read_csv(folder / "files" / "result_table.csv")
     except OSError as error:
         raise InputError(f"{folder}: not the folder of a finished sweep ({error.strerror}: {error.filename})") from None

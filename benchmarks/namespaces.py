@@ -1,0 +1,149 @@
+"""Hosts made of Linux namespaces: each has its own network, mounts, host name and processes, as a machine has.
+
+Two of them are joined by a cable (veth). All vanishes with its first process, so that nothing is left to clean up:
+killing that one is pulling the plug. Needs root; `missing` says why where it cannot be.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+RAY = str(Path(sys.executable).with_name("ray"))
+ROOT = Path(__file__).resolve().parents[1]
+PORT = 6379
+START_S = 120.0
+
+
+def missing() -> str | None:
+    """Why there can be no such hosts here; None where there can."""
+    for tool in ("unshare", "nsenter", "ip", "mount"):
+        if not shutil.which(tool):
+            return f"no {tool} here"
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "ip", "link", "set", "lo", "up"],
+        capture_output=True,
+        text=True,
+    )
+    return f"namespaces are not allowed here: {tried.stderr.strip()}" if tried.returncode else None
+
+
+@dataclass
+class Host:
+    """One host. holder: the process in whose hands it is; pid: the host's first process; folder: its own disk."""
+
+    name: str
+    address: str
+    folder: Path
+    holder: subprocess.Popen[bytes]
+    pid: int
+    env: dict[str, str]
+
+    @classmethod
+    def start(cls, name: str, address: str, folder: Path) -> "Host":
+        """A host without a network cable, whose /tmp is its own."""
+        folder.mkdir(parents=True)
+        spaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        holder = subprocess.Popen(["unshare", *spaces, "sleep", "infinity"])
+        children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children")
+        end = time.monotonic() + START_S
+        while not (found := children.read_text().split()):
+            if time.monotonic() > end or holder.poll() is not None:
+                raise RuntimeError(f"host {name} did not start")
+            time.sleep(0.02)
+        host = cls(name, address, folder, holder, int(found[0]), {**os.environ, "PYTHONPATH": str(ROOT)})
+        time.sleep(0.2)  # it may still be mounting /proc
+        host.call("hostname", name)
+        host.call("ip", "link", "set", "lo", "up")
+        return host
+
+    def start_process(self, command: Sequence[str], log: Path, **env: str) -> subprocess.Popen[bytes]:
+        """Start something there; its output goes to `log`."""
+        with log.open("ab") as out:
+            return subprocess.Popen(
+                self.inside(*command), stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**self.env, **env}
+            )
+
+    def inside(self, *command: str) -> list[str]:
+        """The command as it is typed outside."""
+        spaces = ["--net", "--mount", "--uts", "--pid"]
+        return ["nsenter", "--target", str(self.pid), *spaces, f"--wd={self.folder}", "--", *command]
+
+    def call(self, *command: str) -> str:
+        """What a short command there prints; CalledProcessError when it fails."""
+        done = subprocess.run(self.inside(*command), capture_output=True, text=True, check=True, env=self.env)
+        return done.stdout
+
+    def mount(self, source: Path, target: Path) -> None:
+        """Show a folder of the outside at a path of this host alone."""
+        self.call("mount", "--bind", str(source), str(target))
+
+    def start_ray(self, head: "Host | None" = None, cpus: int = 2, options: Sequence[str] = ()) -> None:
+        """Ray, until it has joined. head: None starts one."""
+        log, seconds = self.folder / "ray.log", START_S
+        ours = ["--head", f"--port={PORT}", "--include-dashboard=false"] if head is None else []
+        joins = [] if head is None else [f"--address={head.address}:{PORT}"]
+        command = [RAY, "start", "--block", *ours, *joins, f"--node-ip-address={self.address}", f"--num-cpus={cpus}"]
+        process = self.start_process([*command, "--object-store-memory=100000000", *options], log)
+        end = time.monotonic() + seconds
+        while "Ray runtime started" not in log.read_text():
+            if time.monotonic() > end or process.poll() is not None:
+                raise RuntimeError(f"Ray did not start on {self.name}: {log.read_text()[-2000:]}")
+            time.sleep(0.2)
+
+    def cable(self, up: bool) -> None:
+        """Pull the network cable, or put it back."""
+        self.call("ip", "link", "set", "eth0", "up" if up else "down")
+
+    def kill(self) -> None:
+        """Pull the plug: every process there is gone at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.holder.wait()
+
+
+@contextlib.contextmanager
+def two_hosts(folder: Path, env: Mapping[str, str] | None = None) -> Iterator[tuple[Host, Host]]:
+    """Two hosts on one cable, alpha and beta; Ray asks each for a token, and has its files on a disk of its own.
+
+    folder/storage is a mount point without anything mounted; folder/shared is what hosts may mount there.
+    """
+    token = folder / "auth_token"
+    token.write_text("0123456789abcdef" * 2)
+    token.chmod(0o600)
+    for name in ("storage", "shared", "ray"):
+        (folder / name).mkdir(exist_ok=True)
+    hosts: list[Host] = []
+    try:
+        for number, name in enumerate(("alpha", "beta"), 1):
+            host = Host.start(name, f"10.213.0.{number}", folder / name)
+            hosts.append(host)
+            host.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
+            # The same path on both, as Ray wants it, but not the same disk. Short: sockets lie below it.
+            (host.folder / "ray").mkdir()
+            host.mount(host.folder / "ray", folder / "ray")
+            host.env |= {"RAY_TMPDIR": str(folder / "ray"), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+            host.env |= env or {}
+        one, two = hosts
+        subprocess.run(
+            ["ip", "link", "add", "eth0", "netns", str(one.pid), "type", "veth"]
+            + ["peer", "name", "eth0", "netns", str(two.pid)],
+            check=True,
+        )
+        for host in hosts:
+            # The address is a bridge's, not the cable's: it stays when the other host, and so the cable, is gone.
+            host.call("ip", "link", "add", "lan", "type", "bridge")
+            host.call("ip", "address", "add", f"{host.address}/24", "dev", "lan")
+            host.call("ip", "link", "set", "lan", "up")
+            host.call("ip", "link", "set", "eth0", "master", "lan")
+            host.cable(up=True)
+        yield one, two
+    finally:
+        for host in hosts:
+            host.kill()

@@ -1,0 +1,19 @@
+#!/bin/sh
+# MLflow beside the head, on localhost, with a login: sh deploy/mlflow_server.sh FOLDER
+# FOLDER keeps the database and the artifacts; the environment (deploy/mlflow_env.py) has the password.
+# A second call while the server runs does nothing.
+set -eu
+folder=$1
+port=${MLFLOW_PORT:-5000}
+: "${MLFLOW_AUTH_ADMIN_PASSWORD:?is not set: source the file that deploy/mlflow_env.py writes}"
+# No jobs of MLflow's own: several more processes, which nothing here needs.
+export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+umask 077
+mkdir -p "$folder"
+cd "$folder" # where basic-auth keeps its users
+# flock is held as long as the server lives: Ray may run its start commands more than once.
+# --allowed-hosts: no other site's page can reach the server through somebody's browser (DNS rebinding).
+nohup flock --nonblock server.lock mlflow server --app-name basic-auth --host 127.0.0.1 --port "$port" --workers 1 \
+    --allowed-hosts "localhost,localhost:$port,127.0.0.1,127.0.0.1:$port" \
+    --backend-store-uri "sqlite:///$folder/mlflow.db" --artifacts-destination "$folder/artifacts" \
+    >> server.log 2>&1 &

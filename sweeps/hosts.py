@@ -1,0 +1,114 @@
+"""Before the first trial on a cluster: every host runs the same Python, Ray, requirements and project, and sees and may
+write the same storage. What differs is named, with its host.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import platform
+import secrets
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from engines.errors import InputError
+from sweeps.cluster import PACKAGES, nodes
+from sweeps.placement import Node
+
+# Those whose numbers or files differ between versions.
+REQUIREMENTS = ("ray", "torch", "numpy", "onnx", "onnxruntime", "nvidia-modelopt", "stim", "pymatching")
+ANSWER_S = 120.0
+HOW_TO_SHARE = (
+    "mount one folder at this path on every host (NFS 4, Lustre, CephFS), or name another --storage that they all have"
+)
+Answer = dict[str, str]
+
+
+def check(storage: Path) -> None:
+    """Ask every host; InputError names the first that does not fit. storage: the folder of the sweep, which exists."""
+    living = nodes()
+    folder = storage / f".hosts-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir()
+        (folder / "driver").write_text(folder.name)
+        refs = {_on(node).remote(str(folder), node.node_id): node for node in living}
+        answered, late = ray.wait(list(refs), num_returns=len(refs), timeout=ANSWER_S)
+        for ref in late:
+            raise InputError(f"host {refs[ref].host} does not answer within {ANSWER_S:g} s; end its Ray or wait for it")
+        answers = [(refs[ref], _answer(ref, refs[ref])) for ref in answered]
+        seen = {path.name for path in folder.iterdir()}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _same_versions(_versions(), answers)
+    for node, answer in answers:
+        if answer["storage"]:
+            raise InputError(f"host {node.host} cannot use --storage {storage.parent}: {answer['storage']}")
+        if node.node_id not in seen:
+            raise InputError(f"--storage {storage.parent}: host {node.host}'s files are not seen here; {HOW_TO_SHARE}")
+
+
+def _on(node: Node) -> Any:
+    at = NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": at}
+    return ray.remote(**options)(_look)
+
+
+def _answer(ref: Any, node: Node) -> Answer:
+    try:
+        answer: Answer = ray.get(ref)
+    except ray.exceptions.RayError as error:
+        lines = str(getattr(error, "cause", None) or error).strip().splitlines()
+        how = "install the project's pinned requirements there (constraints.txt)"
+        raise InputError(f"host {node.host} cannot run the project ({lines[-1][:200]}); {how}") from None
+    return answer
+
+
+def _look(folder: str, node_id: str) -> Answer:
+    """Runs on each host: its versions, and what is wrong with the storage there (empty: nothing)."""
+    return {**_versions(), "storage": _storage(Path(folder), node_id)}
+
+
+def _storage(folder: Path, node_id: str) -> str:
+    try:
+        if (folder / "driver").read_text() != folder.name:
+            return f"another folder of that name; {HOW_TO_SHARE}"
+        (folder / node_id).write_text(socket.gethostname())
+    except FileNotFoundError:
+        return f"the folder there is not the one here; {HOW_TO_SHARE}"
+    except OSError as error:
+        return f"{error.strerror}; let the user that runs Ray there write to it"
+    return ""
+
+
+def _versions() -> Answer:
+    found = {"Python": platform.python_version(), "the project": _source()}
+    for name in REQUIREMENTS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _source() -> str:
+    """Hash of the project's source as this process would import it."""
+    whole = hashlib.sha256()
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        root = Path(spec.origin).parent if spec and spec.origin else Path()
+        for path in sorted([*root.rglob("*.py"), *root.rglob("*.yaml")]):
+            whole.update(f"{package}/{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return whole.hexdigest()[:12]
+
+
+def _same_versions(here: Answer, answers: Sequence[tuple[Node, Answer]]) -> None:
+    for node, answer in answers:
+        differ = [f"{what} is {answer[what]} there, {here[what]} here" for what in here if answer[what] != here[what]]
+        if differ:
+            how = "install the same there (pip install -c constraints.txt) and start its Ray again"
+            raise InputError(f"host {node.host}: {'; '.join(differ)}; {how}")

@@ -1,0 +1,169 @@
+"""Where work runs: what a trial needs, which nodes have it, and the one kind of accelerator to measure latency on.
+
+Nothing here asks Ray: nodes come in as data, so that every refusal can be tried without a GPU.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engines.errors import InputError
+
+TYPE = "ray.io/accelerator-type"  # set by Ray from what it detects
+GPU_MEMORY = "gpu-memory-gb"  # set by whoever starts a node; Ray knows no such thing
+LARGEST_GB = 1024
+HOW_TO_LABEL = f"`ray start --labels={GPU_MEMORY}=80` says that a node's cards have 80 GB"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What was asked for; None leaves it to what the cluster has. gpus, cpus: per trial. concurrent: trials at a time.
+    gpu_memory: GB that a trial's card must have. latency_on: accelerator type. wait_min: for a node that fits.
+    """
+
+    gpus: float | None = None
+    cpus: float | None = None
+    concurrent: int | None = None
+    gpu_memory: int | None = None
+    latency_on: str | None = None
+    wait_min: float = 0.0
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What a node must say of itself, in Ray's words, to be given a trial."""
+        if self.gpu_memory is None:
+            return {}
+        # Ray compares labels by equality alone, so that every size that would do is named.
+        return {GPU_MEMORY: f"in({','.join(map(str, range(self.gpu_memory, LARGEST_GB + 1)))})"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node: its name for people, what it offers (Ray's resources), what it says of itself (labels)."""
+
+    node_id: str
+    host: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Node":
+        """From Ray's own description."""
+        host = entry["NodeManagerHostname"] or entry["NodeManagerAddress"]
+        return cls(entry["NodeID"], host, entry["Resources"], entry.get("Labels") or {})
+
+    def offers(self, kind: str) -> float:
+        """How much of a resource it has in all."""
+        return float(self.resources.get(kind, 0.0))
+
+    @property
+    def memory(self) -> int | None:
+        """GB of each of its cards, as its label says."""
+        said = self.labels.get(GPU_MEMORY, "")
+        return int(said) if said.isdigit() else None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What can be used. slots: trials at a time; gpus, cpus: of each trial; shared_cores: whether a few trials more
+    than slots may share the cores; labels: of the nodes that may have one; latency_on: accelerator type to measure on.
+    """
+
+    slots: int
+    gpus: float = 0.0
+    cpus: float = 1.0
+    shared_cores: bool = True
+    labels: Mapping[str, str] = field(default_factory=dict)
+    latency_on: str | None = None
+
+    def measures_on(self, node: Node) -> bool:
+        """Whether latency may be measured there."""
+        return self.latency_on is None or node.labels.get(TYPE) == self.latency_on
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of placement."""
+    add = parser.add_argument
+    add("--gpus-per-trial", type=float, metavar="X", help="0 to 1; .5: two trials a card (default: 1 where there are)")
+    add("--cpus-per-trial", type=float, metavar="X", help="cores of each trial (default: 1)")
+    add("--max-concurrent", type=int, metavar="N", help="trials at a time (default: as many as there is room for)")
+    add("--gpu-memory", type=int, metavar="GB", help=f"only cards of that size or larger (label {GPU_MEMORY})")
+    add("--latency-on", metavar="TYPE", help="accelerator type on which latency is measured, e.g. H100")
+    add("--wait-for-nodes", type=float, default=0.0, metavar="MIN", help="while an autoscaler starts the first one")
+
+
+def read_flags(given: argparse.Namespace) -> Placement:
+    """InputError for what no cluster could give."""
+    gpus, cpus = given.gpus_per_trial, given.cpus_per_trial
+    if gpus is not None and not 0 <= gpus <= 1:
+        raise InputError(f"--gpus-per-trial {gpus:g}: expected 0 to 1, a trial trains on one accelerator at most")
+    if cpus is not None and (not 0 < cpus < math.inf or (cpus > 1 and cpus != int(cpus))):
+        raise InputError(f"--cpus-per-trial {cpus:g}: expected a part of a core, or a whole number of them")
+    if given.max_concurrent is not None and given.max_concurrent < 1:
+        raise InputError(f"--max-concurrent {given.max_concurrent}: expected 1 or more")
+    if given.gpu_memory is not None and not 1 <= given.gpu_memory <= LARGEST_GB:
+        raise InputError(f"--gpu-memory {given.gpu_memory}: expected GB of one card, 1 to {LARGEST_GB}")
+    if given.gpu_memory is not None and gpus == 0:
+        raise InputError(f"--gpu-memory {given.gpu_memory}: these trials have no accelerator; drop --gpus-per-trial 0")
+    if not 0 <= given.wait_for_nodes < math.inf:
+        raise InputError(f"--wait-for-nodes {given.wait_for_nodes:g}: expected minutes, 0 or more")
+    return Placement(gpus, cpus, given.max_concurrent, given.gpu_memory, given.latency_on, given.wait_for_nodes)
+
+
+def place(asked: Placement, nodes: Sequence[Node], share: float, needs_gpu: bool) -> Cluster:
+    """What a sweep may use of these nodes; InputError names what none of them has.
+
+    share: part of the slots, at least one. needs_gpu: whether the profile is one for accelerators.
+    """
+    gpus = asked.gpus
+    if gpus is None:
+        gpus = 1.0 if needs_gpu or asked.gpu_memory or any(node.offers("GPU") >= 1 for node in nodes) else 0.0
+    cpus = asked.cpus or 1.0
+    fitting = [node for node in nodes if node.offers("GPU") >= gpus and (not gpus or _is_large(asked, node))]
+    if not fitting:
+        raise InputError(_no_gpu(asked, gpus, nodes))
+    room = sum(_room(node, gpus, cpus) for node in fitting)
+    if not room:
+        most = max(fitting, key=lambda node: node.offers("CPU"))
+        raise InputError(
+            f"--cpus-per-trial {cpus:g}: no node has so many; the most is {most.offers('CPU'):g}, on {most.host}; "
+            "give at most that"
+        )
+    slots = max(1, int(room * share)) if asked.concurrent is None else asked.concurrent
+    latency_on = _latency_type(asked, [node for node in fitting if _room(node, gpus, cpus)]) if gpus else None
+    return Cluster(slots, gpus, cpus, not gpus and asked == Placement(), asked.labels, latency_on)
+
+
+def _is_large(asked: Placement, node: Node) -> bool:
+    return asked.gpu_memory is None or (node.memory or 0) >= asked.gpu_memory
+
+
+def _room(node: Node, gpus: float, cpus: float) -> int:
+    """Trials at a time; a hundredth forgives that .1 is not quite a tenth."""
+    by_cpu = math.floor(node.offers("CPU") / cpus + 0.01)
+    return min(by_cpu, math.floor(node.offers("GPU") / gpus + 0.01)) if gpus else by_cpu
+
+
+def _no_gpu(asked: Placement, gpus: float, nodes: Sequence[Node]) -> str:
+    with_gpu = [node for node in nodes if node.offers("GPU") > 0]
+    if not with_gpu:
+        why = f"--gpus-per-trial {gpus:g}" if asked.gpus is not None else "this profile trains on accelerators"
+        return f"{why}: none of {len(nodes)} nodes has one; add such a node, or --gpus-per-trial 0 to train on cores"
+    if asked.gpu_memory is not None:
+        there = ", ".join(f"{node.host} {f'{node.memory} GB' if node.memory else 'says nothing'}" for node in with_gpu)
+        return f"--gpu-memory {asked.gpu_memory}: no card is so large ({there}); ask for less. {HOW_TO_LABEL}"
+    most = max(with_gpu, key=lambda node: node.offers("GPU"))
+    return f"--gpus-per-trial {gpus:g}: the most is {most.offers('GPU'):g}, on {most.host}; give at most that"
+
+
+def _latency_type(asked: Placement, fitting: Sequence[Node]) -> str | None:
+    """p50s of two kinds of card do not compare: where there are several, one must be named."""
+    types = sorted({node.labels[TYPE] for node in fitting if TYPE in node.labels})
+    there = ", ".join(types) or "no type at all"
+    if asked.latency_on is not None and asked.latency_on not in types and not asked.wait_min:
+        raise InputError(f"--latency-on {asked.latency_on}: no node that trials may use has one; there is {there}")
+    if asked.latency_on is None and len(types) > 1:
+        raise InputError(f"--latency-on: the nodes have {there}, and their p50s do not compare; name one of them")
+    return asked.latency_on or (types[0] if types else None)

@@ -1,0 +1,148 @@
+"""Sweeps over two hosts that are network namespaces: what both need, and what is refused before the first trial."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sweeps.journal import SweepState
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from namespaces import ROOT, Host, missing, two_hosts
+
+pytestmark = pytest.mark.cluster
+TOY = ROOT / "tests" / "sweeps" / "toy_sweep.py"
+NAME = "toy_small_seed42"
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
+    """Alpha, the head, and beta, on which the project's source is nowhere to be found."""
+    why = missing()
+    if why:
+        pytest.skip(why)
+    folder = tmp_path_factory.mktemp("h")
+    with two_hosts(folder) as (alpha, beta):
+        for host in (alpha, beta):
+            host.mount(folder / "shared", folder / "storage")
+        (folder / "empty").mkdir()
+        beta.mount(folder / "empty", ROOT)
+        alpha.start_ray()
+        beta.env["PYTHONPATH"] = ""
+        beta.start_ray(alpha, options=["--labels=gpu-memory-gb=16"])
+        yield alpha, beta
+
+
+def drive(host: Host, storage: Path, *flags: str, **env: str) -> tuple[int, str, str]:
+    command = [sys.executable, str(TOY), "--address", "auto", "--storage", str(storage), *flags]
+    done = subprocess.run(host.inside(*command), capture_output=True, text=True, env={**host.env, **env}, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def refused(host: Host, storage: Path, *flags: str, **env: str) -> str:
+    """The one line; nothing may be left in the storage that was not there."""
+    before = sorted(storage.rglob("*"))
+    code, out, err = drive(host, storage, *flags, **env)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, out + err
+    assert sorted(storage.rglob("*")) == before
+    return err
+
+
+def outside(hosts: tuple[Host, Host]) -> Path:
+    """The storage of both hosts as it is seen from outside of them."""
+    return hosts[0].folder.parent / "shared"
+
+
+def test_a_sweep_runs_on_both_hosts(hosts: tuple[Host, Host]) -> None:
+    """A trial takes all cores of a host, so that two trials need two; the code travels to beta, which lacks it."""
+    storage = hosts[0].folder.parent / "storage"
+    code, out, err = drive(hosts[0], storage / "both", "--cpus-per-trial", "2", TOY_SLEEP="2")
+    assert code == 0 and not err, err
+    folder = outside(hosts) / "both" / NAME
+    state = SweepState.replay(folder / "journal.jsonl")
+    trained = [trial for trial in state.trials.values() if trial.role == "trial"]
+    assert {(folder / "trials" / t.trial_id / "host").read_text() for t in trained} == {"alpha", "beta"}
+    assert [(t.record or {}).get("verdict") for t in state.trials.values()] == ["n/a", "pass", "fail"]
+    assert not list(folder.glob(".hosts-*"))
+
+
+def test_the_second_driver_is_told_who_is_the_first(hosts: tuple[Host, Host]) -> None:
+    alpha, beta = hosts
+    storage = alpha.folder.parent / "storage" / "held"
+    command = [sys.executable, str(TOY), "--address", "auto", "--storage", str(storage)]
+    first = alpha.start_process(command, alpha.folder / "first.log", TOY_SLEEP="30")
+    try:
+        lock = outside(hosts) / "held" / NAME / "journal.lock"
+        while not (lock.is_file() and lock.read_text()):
+            assert first.poll() is None
+        # From the other host, which shares nothing with the first but the storage.
+        beta.call("umount", str(ROOT))
+        said = drive(beta, storage, "--address", "10.213.0.1:6379")[2]
+        beta.mount(alpha.folder.parent / "empty", ROOT)
+        assert re.search(r"in use by process \d+ on alpha", said) and said.count("\n") == 1, said
+    finally:
+        first.terminate()
+        first.wait()
+
+
+def test_more_than_any_host_has_is_refused(hosts: tuple[Host, Host]) -> None:
+    storage = hosts[0].folder.parent / "storage"
+    assert "--cpus-per-trial 3: no node has so many; the most is 2" in refused(
+        hosts[0], storage / "a", "--cpus-per-trial", "3"
+    )
+    assert "--gpus-per-trial 1: none of 2 nodes has one" in refused(hosts[0], storage / "b", "--gpus-per-trial", "1")
+    assert "none of 2 nodes has one" in refused(hosts[0], storage / "c", "--profile", "full")
+
+
+def test_private_storage_is_refused(hosts: tuple[Host, Host]) -> None:
+    """A folder that both have, but each its own."""
+    storage = hosts[0].folder.parent / "storage"
+    hosts[1].call("umount", str(storage))
+    try:
+        said = refused(hosts[0], storage / "private")
+    finally:
+        hosts[1].mount(outside(hosts), storage)
+    assert f"host beta cannot use --storage {storage / 'private'}" in said and "mount one folder" in said
+
+
+def test_storage_that_one_host_may_not_write_is_refused(hosts: tuple[Host, Host]) -> None:
+    storage = hosts[0].folder.parent / "storage"
+    hosts[1].call("mount", "-o", "remount,bind,ro", str(storage))
+    try:
+        said = refused(hosts[0], storage / "readonly")
+    finally:
+        hosts[1].call("mount", "-o", "remount,bind,rw", str(storage))
+    assert "host beta cannot use --storage" in said and "Read-only file system" in said
+
+
+def test_another_version_of_a_requirement_is_named(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    import importlib.metadata
+
+    found = importlib.metadata.distribution("stim")
+    metadata = next(Path(str(file.locate())) for file in found.files or [] if file.name == "METADATA")
+    other = tmp_path / "METADATA"
+    other.write_text(re.sub(r"(?m)^Version: .*$", "Version: 1.2.3", metadata.read_text()))
+    hosts[1].mount(other, metadata)
+    try:
+        said = refused(hosts[0], hosts[0].folder.parent / "storage" / "versions")
+    finally:
+        hosts[1].call("umount", str(metadata))
+    assert f"host beta: stim is 1.2.3 there, {found.version} here" in said and "constraints.txt" in said
+
+
+def test_a_driver_of_another_ray_is_named(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    import ray
+
+    other = tmp_path / "_version.py"
+    other.write_text('version = "2.59.0"\ncommit = "none"\n')
+    swap = f'mount --bind {other} {Path(ray.__file__).with_name("_version.py")} && exec "$@"'
+    storage = hosts[0].folder.parent / "storage" / "ray"
+    command = [sys.executable, str(TOY), "--address", "auto", "--storage", str(storage)]
+    inside = hosts[0].inside("unshare", "--mount", "sh", "-c", swap, "sh", *command)
+    done = subprocess.run(inside, capture_output=True, text=True, env=hosts[0].env, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "2.59.0" in done.stderr and ray.__version__ in done.stderr
+    assert not (outside(hosts) / "ray" / NAME).exists()
