@@ -302,7 +302,9 @@ class AlphaQubit:
             limit = np.minimum(flipped, 1 - flipped)
         return compare.measures(own, self.workload.experiment, self._fixed(split), limit, self.workload.workload_seed)
 
-    def pace(self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None = None) -> dict[str, float]:
+    def pace(
+        self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None, file: Path | None
+    ) -> dict[str, float | str]:
         """Microseconds per shot and per layer of detectors at batch 1, and per shot at batch BATCH in ONNX Runtime;
         those of matching per shot at batch 1.
         """
