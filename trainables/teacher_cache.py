@@ -150,7 +150,8 @@ class TeacherCache:
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"teacher cache {path} cannot be read ({error}): start the sweep again with --resume, "
                              "which computes it anew") from None  # fmt: skip
-        return table.view(np.uint8).reshape(len(table), -1)[:, : self._layout.row(self.states).itemsize]
+        rows: npt.NDArray[np.uint8] = table.view(np.uint8).reshape(len(table), -1)
+        return rows[:, : self._layout.row(self.states).itemsize]
 
 
 class _Filler:

@@ -309,7 +309,7 @@ class AlphaQubit:
         those of matching per shot at batch 1.
         """
         w = self.workload
-        found = {"us_per_shot": 1000 * p50_ms, "us_per_round": 1000 * p50_ms / (w.rounds + 1)}
+        found: dict[str, float | str] = {"us_per_shot": 1000 * p50_ms, "us_per_round": 1000 * p50_ms / (w.rounds + 1)}
         singles = Sampler(w.experiment, w.workload_seed, "test").shots(0, w.sampled_shots)
         found |= compare.pace(w.experiment, singles, w.warmup, w.repeats, w.workload_seed)
         batch = self.inputs(Sampler(w.experiment, w.workload_seed, "test").shots(0, BATCH))

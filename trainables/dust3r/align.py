@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,11 +86,12 @@ def align(
     the graph falls into parts or holds an image paired with itself, and for pointmaps that no camera could see.
     """
     _check(found)
+    linalg: Any = torch.linalg  # typed in part only
     try:
         start = _from_tree(found) if poses is None else _from_poses(found, poses, focals)
         with torch.enable_grad():
             result = _Problem(found, *start, poses, focals).solve(steps)
-    except torch.linalg.LinAlgError:  # what overflowed has no decomposition
+    except linalg.LinAlgError:  # what overflowed has no decomposition
         result = None
     if result is None or not all(part.isfinite().all() for part in (result.poses, result.focals, result.depth)):
         raise InputError("the pointmaps cannot be aligned, they overflow or hold NaN: predict them with another model")

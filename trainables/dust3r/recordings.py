@@ -25,6 +25,7 @@ from trainables.config import WorkloadSettings
 from trainables.domain import Batch
 from trainables.dust3r import pairs
 from trainables.dust3r.frames import BrokenFrame, Frame, Scene, fit, points
+from trainables.dust3r.pairs import SceneGraph
 from trainables.dust3r.readers import layouts
 
 OVERLAP = (0.2, 0.9)  # share of a view's pixels that the other one sees, the lesser of both directions
@@ -107,7 +108,7 @@ class Recordings:
         """The sampled pairs' images, (sampled_pairs, 2, 3, H, W) uint8."""
         return torch.stack([self._pair(link)["image"] for link in self._sample()])
 
-    def scene(self) -> pairs.SceneGraph:
+    def scene(self) -> SceneGraph:
         """The first scene of the test split that has a pair; InputError where none has."""
         scenes = self._layout[1]["test"]
         for number in np.random.default_rng(self.workload.workload_seed).permutation(len(scenes)):
@@ -127,7 +128,7 @@ class Recordings:
         intrinsics = np.stack([frame.intrinsics for frame in found]).astype(np.float32)
         arrays = (torch.from_numpy(np.ascontiguousarray(array)) for array in (image, pose, intrinsics))
         images, poses, cameras = arrays
-        return pairs.SceneGraph([f"{usable.name}/{name}" for name in names], images, edges, poses, cameras)
+        return SceneGraph([f"{usable.name}/{name}" for name in names], images, edges, poses, cameras)
 
     def _sample(self) -> list[Link]:
         """`sampled_pairs` directed pairs of the test split, without replacement."""

@@ -71,10 +71,10 @@ def pace(
     with TemporaryDirectory() as folder, torch_threads(workload.threads):
         pairs: Callable[[], Predictions]
         if file:
-            halves = [OnnxRuntime(half, device, workload.threads) for half in split(file, Path(folder))]
+            encoder, decoder = (OnnxRuntime(half, device, workload.threads) for half in split(file, Path(folder)))
 
             def pairs() -> Predictions:
-                return predict_deployed(*halves, images, graph.edges).to(device)
+                return predict_deployed(encoder, decoder, images, graph.edges).to(device)
         else:
             model.to(device)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from trainables.config import WorkloadSettings
 from trainables.domain import Batch
 from trainables.dust3r import pairs, rooms
+from trainables.dust3r.pairs import Edges, SceneGraph
 from trainables.dust3r.recordings import Recordings
 
 
@@ -34,7 +35,7 @@ class Source(Protocol):
     def images(self) -> Tensor:
         """The sampled pairs' images, (sampled_pairs, 2, 3, H, W) uint8."""
 
-    def scene(self) -> pairs.SceneGraph:
+    def scene(self) -> SceneGraph:
         """The first scene of the test split: of its views, at most `scene_views` that its pair graph joins."""
 
 
@@ -94,16 +95,16 @@ class Rooms:
         row = {int(scene): k for k, scene in enumerate(scenes)}
         return torch.stack([views.image[row[scene], [i, j]] for scene, i, j in edges])
 
-    def scene(self) -> pairs.SceneGraph:
+    def scene(self) -> SceneGraph:
         """The first room of :meth:`edges`."""
         room = self.workload.test_pairs
         views = self._views(torch.tensor([room]))
         at, edges = pairs.chained(self._graph(views, 0), self.workload.scene_views)
         pose = (torch.linalg.inv(views.pose[0, at[:1]]) @ views.pose[0, at]).float()
         intrinsics = views.intrinsics.expand(len(at), 3, 3)
-        return pairs.SceneGraph([f"room {room}, view {k}" for k in at], views.image[0, at], edges, pose, intrinsics)
+        return SceneGraph([f"room {room}, view {k}" for k in at], views.image[0, at], edges, pose, intrinsics)
 
-    def _graph(self, views: rooms.Views, row: int) -> pairs.Edges:
+    def _graph(self, views: rooms.Views, row: int) -> Edges:
         """The directed pairs of a room's views."""
         w = self.workload
         if w.pair_graph != "nearest":
