@@ -10,7 +10,7 @@ python -m trainables.dust3r scene --model MODEL.pth --data FOLDER --set pair_gra
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -24,6 +24,11 @@ from trainables.dust3r.describe import describe
 from trainables.dust3r.domain import SMALL_TEACHER, Dust3r
 
 SETTINGS = Path(__file__).parents[2] / "sweeps" / "settings"  # data, not code: nothing here imports a sweep
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the flags)")
 
 
 def settings(profile: str, changes: list[str]) -> dict[str, Any]:
@@ -70,7 +75,7 @@ def table(given: argparse.Namespace) -> str:
 @command_line
 def main(arguments: list[str] | None = None) -> None:
     """Print what the chosen command has to say."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="describe|scene")
     costs = commands.add_parser("describe", help="parameters, FLOPs, memory and cache of teacher and student")
     costs.add_argument("--profile", choices=["demo", "small", "full"], default="small")

@@ -141,6 +141,7 @@ def test_the_command_leaves_cloud_picture_and_cameras(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--poses"], "unrecognized arguments: --poses (--help lists the flags)"),
         (["--data", "nosuch"], "nosuch: no such folder"),
         (["--model", "nosuch.pth"], "nosuch.pth does not exist"),
         (["--set", "image_size=48x32"], "image_size=48x32: teacher"),
