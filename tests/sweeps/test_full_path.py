@@ -81,13 +81,13 @@ def storage(teacher, recorded, tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_teacher_is_measured_on_recorded_pairs(storage, teacher):
-    files = storage / "baseline_full_seed42" / "files"
-    record = json.loads((files / "teacher_eval.json").read_text())
+    folder = storage / "baseline_full_seed42"
+    record = json.loads((folder / "files" / "teacher_eval.json").read_text())
     model = from_reference_config(**released.read(teacher)[0])
     assert record["params_M"] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6)
     for field in ("flops_G", "size_MB", "chamfer", "absrel", "rmse", "delta1", "t_pair_p50_ms", "t_scene_s"):
         assert record[field] is not None and record[field] >= 0, field
-    workload = yaml.safe_load((files / "workload.yaml").read_text())
+    workload = yaml.safe_load((folder / "workload.yaml").read_text())
     assert len(workload["pairs (scene, frame, frame)"]) == 20 and len(workload["scene"]["views"]) > 2
 
 
