@@ -13,7 +13,7 @@ from trainables.domain import make_domain
 from trainables.dust3r.domain import Dust3r
 from trainables.teacher_cache import Layout, TeacherCache, teacher_metrics
 
-# Builds a cache and notes who computes which samples; starts when the file `go` appears.
+# Builds a cache and notes who computes which samples; its first shard is not done before so many processes have begun.
 BUILD = """
 import json, os, sys, time
 from functools import partial
@@ -27,12 +27,12 @@ class Noted(Dust3r):
     def samples(self, split, indices):
         with open(folder / "blocks.log", "a") as log:
             log.write(f"{int(indices[0])} {len(indices)} {os.getpid()}\\n")
+        if len(indices) > 1:
+            (folder / f"began.{os.getpid()}").touch()
+            while len(list(folder.glob("began.*"))) < int(sys.argv[4]):
+                time.sleep(0.01)
         return super().samples(split, indices)
-cache = teacher_cache.TeacherCache(folder, partial(Noted, settings, 7), count, True)
-(folder / f"ready.{os.getpid()}").touch()
-while not (folder / "go").exists():
-    time.sleep(0.01)
-cache.build()
+teacher_cache.TeacherCache(folder, partial(Noted, settings, 7), count, True).build()
 """
 
 
@@ -218,31 +218,27 @@ def test_other_content_has_another_folder(tiny, tmp_path, monkeypatch):
 
 
 def test_two_processes_fill_one_cache_side_by_side_and_compute_nothing_twice(tiny, tmp_path):
-    arguments = (tmp_path, json.dumps(tiny.settings()), 240)
+    arguments = (tmp_path, json.dumps(tiny.settings()), 80, 2)
     processes = [tiny.python(BUILD, *arguments, wait=False) for _ in range(2)]
     try:
-        while len(list(tmp_path.glob("ready.*"))) < 2:
-            assert all(process.poll() is None for process in processes)
-        (tmp_path / "go").touch()
         assert [process.wait(120) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
     noted = [line.split() for line in (tmp_path / "blocks.log").read_text().splitlines()]
     filled = [(int(first), int(count)) for first, count, _ in noted if count != "1"]  # one sample shows the sizes
-    assert sorted(filled) == [(k, 16) for k in range(0, 240, 16)]
+    assert sorted(filled) == [(k, 16) for k in range(0, 80, 16)]
     assert len({process for _, count, process in noted if count != "1"}) == 2, "both have worked"
     make = partial(Counted, tiny.settings(), 7)
-    cache = TeacherCache(tmp_path, make, 240, True)
-    rows = cache.rows(torch.arange(0, 240, 7))
+    cache = TeacherCache(tmp_path, make, 80, True)
+    rows = cache.rows(torch.arange(0, 80, 7))
     assert Counted.calls == [], "and a third one reads what they made"
-    assert tiny.same(rows["image"], make().samples("train", torch.arange(0, 240, 7))["image"])
+    assert tiny.same(rows["image"], make().samples("train", torch.arange(0, 80, 7))["image"])
 
 
 def test_a_killed_process_leaves_its_shard_to_another(tiny, tmp_path):
-    arguments = (tmp_path, json.dumps(tiny.settings()), 240)
+    arguments = (tmp_path, json.dumps(tiny.settings()), 240, 1)
     first = tiny.python(BUILD, *arguments, wait=False)
-    (tmp_path / "go").touch()
     while not list(tmp_path.glob("*/00003.*.npy")):
         assert first.poll() is None
     first.kill()
