@@ -95,7 +95,8 @@ def check_threads(threads: int) -> int:
 
 
 @contextlib.contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Iterator[None]:
+    """Run torch with so many intra-op threads, and give it back its own number."""
     before = torch.get_num_threads()
     if threads == before:
         yield
@@ -128,7 +129,7 @@ class TorchRuntime:
     def run(self, inputs: Arrays) -> Arrays:
         """Run the model on host arrays of its own dtypes; returns host arrays."""
         # Not inference_mode: tensors that a model caches (position tables) must stay usable in training.
-        with _torch_threads(self.threads), torch.no_grad():
+        with torch_threads(self.threads), torch.no_grad():
             tensors = [torch.from_numpy(np.require(x, requirements=["C", "W"])).to(self.device) for x in inputs]
             outputs = as_tensors(self._model(*tensors), self._model)
             return tuple(y.cpu().numpy() for y in outputs)

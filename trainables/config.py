@@ -66,6 +66,9 @@ class WorkloadSettings(Workload):
     pair_graph: str = Field("nearest", pattern=PAIR_GRAPHS)
     neighbours: Count = 4
     views_per_scene: int = Field(8, ge=2)
+    scene_views: int = Field(8, ge=2)
+    scene_steps: Count = 100
+    scene_repeats: int = Field(3, ge=2)
     val_pairs: int = Field(512, ge=2)
     test_pairs: int = Field(2048, ge=2)
     primary: Literal["absrel", "chamfer", "rmse", "delta1"] = "absrel"

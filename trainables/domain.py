@@ -129,10 +129,13 @@ class Domain(Protocol):
         methods on the same samples. Empty where there is nothing to compare with.
         """
 
-    def pace(self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None = None) -> dict[str, float]:
-        """Times in the domain's own units, for the record, from the median at batch 1; called alone on the device.
+    def pace(
+        self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None, file: Path | None
+    ) -> dict[str, float | str]:
+        """Times in the domain's own units, for the record; called alone on the device.
 
-        policy: of a model that is deployed in INT8.
+        p50_ms: of one sample at batch 1. policy: of a model that is deployed in INT8, on the CPU. file: the deployed
+        ONNX file that was timed, None where torch was.
         """
 
     def sampled(self) -> dict[str, Any]:

@@ -53,20 +53,21 @@ def measure_latency(job: Job) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     onnx = device == "cpu" or "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     domain = domain_of(job)
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(dir=job["work_dir"], prefix=".timing.")))
-        engines, found = _candidates(job, domain, device, folder, onnx)
-        for engine in engines.values():
-            stack.callback(engine.close)
-        arrays = [tuple(tensor.numpy() for tensor in sample) for sample in domain.deployed(domain.teacher())[1]]
-        calls = {name: _next_sample(engine, arrays) for name, engine in engines.items()}
-        seed = settings["workload_seed"]
-        samples = measure(calls, settings["warmup"], settings["repeats"], seed)
-    model = model_of(job, domain) if job["weights"] else domain.teacher()
-    names = list(samples)
-    own = next(name for name in DEPLOYED if name in names)
-    times = {name: summarise(samples, name, seed) for name in names if name in RATIOS.values() or name == own}
-    best = times[own][own]
+    with TemporaryDirectory(dir=job["work_dir"], prefix=".timing.") as folder:
+        engines, found = _candidates(job, domain, device, Path(folder), onnx)
+        with ExitStack() as stack:
+            for engine in engines.values():
+                stack.callback(engine.close)
+            arrays = [tuple(tensor.numpy() for tensor in sample) for sample in domain.deployed(domain.teacher())[1]]
+            calls = {name: _next_sample(engine, arrays) for name, engine in engines.items()}
+            seed = settings["workload_seed"]
+            samples = measure(calls, settings["warmup"], settings["repeats"], seed)
+        names = list(samples)
+        own = next(name for name in DEPLOYED if name in names)
+        times = {name: summarise(samples, name, seed) for name in names if name in RATIOS.values() or name == own}
+        best = times[own][own]
+        model = model_of(job, domain) if job["weights"] else domain.teacher()
+        pace = domain.pace(model, best.p50_ms, device, found["policy"], found["file"])
     extra: dict[str, Any] = {key: getattr(best, key) for key in ("p50_lo", "p50_hi", "p95_lo", "p95_hi")}
     for key, reference in RATIOS.items():
         if reference in times and (own in INT8 or reference != "own onnxruntime"):
@@ -82,6 +83,7 @@ def measure_latency(job: Job) -> dict[str, Any]:
         **found["fields"],
         "t_pair_p50_ms": best.p50_ms,
         "t_pair_p95_ms": best.p95_ms,
+        "t_scene_s": pace.pop("t_scene_s", None),
         "pairs_per_sec": 1000.0 / best.p50_ms,
         "engine": INT8.get(own, runtime),
         "device": str(state.get("gpu") or state["cpu"]),
@@ -89,7 +91,7 @@ def measure_latency(job: Job) -> dict[str, Any]:
         "extra": {
             **extra,
             **found["extra"],
-            **domain.pace(model, best.p50_ms, device, found["policy"]),
+            **pace,
             "threads": settings["threads"],
             **{key: value for key, value in state.items() if value is not None},
         },
@@ -145,8 +147,10 @@ def _candidates(
             else:
                 notes.append(engine)
     elif job["weights"]:
-        publish(folder / "own.onnx", deploy.file_of(job))
-    return engines, {"fields": fields, "extra": extra, "notes": notes, "policy": policy}
+        publish(path, deploy.file_of(job))
+        path = deploy.file_of(job)
+    file = path if onnx or policy else None
+    return engines, {"fields": fields, "extra": extra, "notes": notes, "policy": policy, "file": file}
 
 
 def _tensorrt(job: Job, domain: Domain, model: nn.Module, policy: QuantPolicy) -> TensorRTRuntime | str:

@@ -76,7 +76,7 @@ def test_pictures_and_files_are_logged_and_nothing_was_timed(ablation):
 
 def test_one_cache_per_seed_and_one_set_of_probes_serve_all_arms(ablation):
     cache = ablation[0].parent / "cache"
-    assert len(list(cache.glob("*/done.json"))) == 2 and len(list(cache.glob("probes_*.pth"))) == 1
+    assert len(list(cache.glob("*/layout.json"))) == 2 and len(list(cache.glob("probes_*.pth"))) == 1
 
 
 @pytest.mark.parametrize(

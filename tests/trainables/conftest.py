@@ -26,6 +26,9 @@ SETTINGS = {
     **{
         "neighbours": 4,
         "views_per_scene": 8,
+        "scene_views": 3,
+        "scene_steps": 2,
+        "scene_repeats": 2,
         "primary": "absrel",
         "warmup": 1,
         "repeats": 5,

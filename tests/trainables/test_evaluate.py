@@ -49,7 +49,7 @@ def test_preparing_leaves_trials_nothing_to_wait_for(tiny, rendered, tmp_path):
     assert json.loads(Path(job["report"]).read_text()) == ["samples of the teacher's outputs", 40, 40]
     cache = Path(job["cache_dir"])
     assert len(list(cache.glob("teacher_val_*.npz"))) == 1 and not list(cache.glob("teacher_test_*"))
-    assert len(list(cache.glob("*/done.json"))) == 1
+    assert len(list(cache.glob("*/layout.json"))) == 1
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.np*")}
     evaluate.prepare(job)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.np*")} == before
@@ -69,6 +69,11 @@ def test_what_the_settings_stand_for_is_known_beforehand(tiny, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def _cached_states(cache):
+    (layout,) = cache.glob("*/layout.json")
+    return sum(name.startswith("teacher_state_") for name, _, _ in json.loads(layout.read_text())["fields"])
+
+
 def test_one_cache_serves_trials_with_and_without_states(tiny):
     """What a search may turn on counts from the start: no trial of it builds a cache of its own."""
     job = tiny.job(train_samples=24)
@@ -76,7 +81,7 @@ def test_one_cache_serves_trials_with_and_without_states(tiny):
     evaluate.prepare(job)
     cache = Path(job["cache_dir"])
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.np*")}
-    assert sum("teacher_state_" in path.name for path in before) == 4
+    assert _cached_states(cache) == 4
     for gamma in (0.0, 0.1):
         trial = Distill(tiny.config(f"g{gamma}", {"gamma": gamma}, train_samples=24))
         states = [name for name in trial.cache.rows(torch.arange(2)) if name.startswith("teacher_state_")]
@@ -87,7 +92,7 @@ def test_one_cache_serves_trials_with_and_without_states(tiny):
 def test_states_are_cached_where_the_settings_use_them(tiny):
     job = tiny.job(gamma=0.1)
     evaluate.prepare(job)
-    assert len(list(Path(job["cache_dir"]).glob("*/teacher_state_*.npy"))) == 4
+    assert _cached_states(Path(job["cache_dir"])) == 4
 
 
 def test_test_pairs_are_seen_in_the_final_measurement_only(tiny, student, rendered):
@@ -145,6 +150,7 @@ def test_latency_fields(tiny, student):
     assert found["flops_G"] > 0 and found["size_MB"] > 0
     assert 0 < found["t_pair_p50_ms"] <= found["t_pair_p95_ms"]
     assert found["pairs_per_sec"] == pytest.approx(1000 / found["t_pair_p50_ms"])
+    assert found["t_scene_s"] > found["extra"]["t_scene_pairs_s"] > 0
     extra = found["extra"]
     assert extra["p50_lo"] <= found["t_pair_p50_ms"] <= extra["p50_hi"]
     assert extra["p50_ratio_lo"] <= extra["p50_ratio"] <= extra["p50_ratio_hi"]

@@ -123,7 +123,7 @@ def test_a_ratio_that_removes_all_heads_is_refused_before_anything_is_trained(ti
     with pytest.raises(InputError, match="0.9 of enc_heads would remove all heads of a layer") as error:
         evaluate.prepare(job)
     assert "\n" not in str(error.value)
-    assert not list(Path(job["cache_dir"]).glob("*/done.json")), "the expensive outputs were not computed for it"
+    assert not list(Path(job["cache_dir"]).glob("*/layout.json")), "the expensive outputs were not computed for it"
 
 
 @pytest.mark.parametrize(

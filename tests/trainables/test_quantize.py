@@ -108,6 +108,7 @@ def test_what_is_measured_is_the_int8_file(tiny, tmp_path):
     assert latency["engine"] == "onnxruntime int8" and extra["size_fp32_MB"] > latency["size_MB"]
     for key in ("p50_ratio", "p50_ratio_fp32", "p50_ratio_onnxruntime", "p50_ratio_same_runtime"):
         assert extra[f"{key}_lo"] <= extra[key] <= extra[f"{key}_hi"]
+    assert latency["t_scene_s"] > extra["t_scene_pairs_s"] > 0
     assert {"p50_torch_ms", "p50_onnxruntime_ms"} <= extra.keys() and not list(Path(job["work_dir"]).iterdir())
 
 

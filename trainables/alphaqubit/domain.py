@@ -328,12 +328,14 @@ class AlphaQubit:
             limit = np.minimum(flipped, 1 - flipped)
         return compare.measures(own, self.workload.experiment, self._fixed(split), limit, self.workload.workload_seed)
 
-    def pace(self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None = None) -> dict[str, float]:
+    def pace(
+        self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None, file: Path | None
+    ) -> dict[str, float | str]:
         """Microseconds per shot and per layer of detectors at batch 1, and at batch BATCH in ONNX Runtime; those of
         matching per shot at batch 1.
         """
         w = self.workload
-        found = {"us_per_shot": 1000 * p50_ms, "us_per_round": 1000 * p50_ms / (w.rounds + 1)}
+        found: dict[str, float | str] = {"us_per_shot": 1000 * p50_ms, "us_per_round": 1000 * p50_ms / (w.rounds + 1)}
         singles = Sampler(w.experiment, w.workload_seed, "test").shots(0, w.sampled_shots)
         found |= compare.pace(w.experiment, singles, w.warmup, w.repeats, w.workload_seed)
         batch = self.inputs(Sampler(w.experiment, w.workload_seed, "test").shots(0, BATCH))

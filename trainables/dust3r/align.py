@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,11 @@ class Predictions:
         """(H, W) in pixels."""
         return self.pts1.shape[1], self.pts1.shape[2]
 
+    def to(self, device: str) -> Predictions:
+        """The same on another device."""
+        maps = (self.pts1, self.conf1, self.pts2, self.conf2)
+        return Predictions(self.edges, *(part.to(device) for part in maps))
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -77,12 +83,19 @@ def align(
     """The cameras and depths that agree best with all pairs.
 
     poses (n, 4, 4), focals (n,): where they are known; they are kept as given. Deterministic. Raises InputError where
-    the graph falls into parts, or holds an image paired with itself.
+    the graph falls into parts or holds an image paired with itself, and for pointmaps that no camera could see.
     """
     _check(found)
-    start = _from_tree(found) if poses is None else _from_poses(found, poses, focals)
-    with torch.enable_grad():
-        return _Problem(found, *start, poses, focals).solve(steps)
+    linalg: Any = torch.linalg  # typed in part only
+    try:
+        start = _from_tree(found) if poses is None else _from_poses(found, poses, focals)
+        with torch.enable_grad():
+            result = _Problem(found, *start, poses, focals).solve(steps)
+    except linalg.LinAlgError:  # what overflowed has no decomposition
+        result = None
+    if result is None or not all(part.isfinite().all() for part in (result.poses, result.focals, result.depth)):
+        raise InputError("the pointmaps cannot be aligned, they overflow or hold NaN: predict them with another model")
+    return result
 
 
 def _check(found: Predictions) -> None:
@@ -191,7 +204,8 @@ class _Problem:
         self.at = (rows[:, None] * width + columns).flatten().to(world.device)
         self.i, self.j = (torch.tensor(side, device=world.device) for side in zip(*found.edges, strict=True))
         local = ((world - poses[:, None, :3, 3]) @ poses[:, :3, :3])[:, :, 2]
-        self.unit = local[local > 0].median()
+        ahead = local[local > 0]
+        self.unit = (ahead if len(ahead) else local.abs()).median()
         self.rotation, self.centre = poses[:, :3, :3], poses[:, :3, 3] / self.unit
         self.pixels = rays(found.size, world.new_ones(())).view(-1, 3)[self.at, :2]
         self.pairs = [part.flatten(1, 2)[:, self.at] for part in (found.pts1, found.pts2)]

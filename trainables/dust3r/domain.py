@@ -33,6 +33,7 @@ from trainables.dust3r import (
     recordings,
     released,
     rooms,
+    scene,
     sources,
 )
 from trainables.dust3r import inherit as inheritance
@@ -352,12 +353,17 @@ class Dust3r:
         bound = float(((scaled - true).abs() / true).nanmean())
         return {**metrics.intervals(own, self.workload.workload_seed), "absrel_mean_depth_map": bound}
 
-    def pace(self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None = None) -> dict[str, float]:
-        """Nothing beyond milliseconds per pair."""
-        return {}
+    def pace(
+        self, model: nn.Module, p50_ms: float, device: str, policy: QuantPolicy | None, file: Path | None
+    ) -> dict[str, float | str]:
+        """Seconds per scene, see :func:`trainables.dust3r.scene.pace`."""
+        assert isinstance(model, DUSt3R)
+        return scene.pace(model, file, self.source.scene(), self.workload, "cpu" if policy else device)
 
     def sampled(self) -> dict[str, Any]:
-        """The sampled edges of the test scenes' pair graphs; of recordings also the frames behind every split."""
+        """The sampled edges of the test scenes' pair graphs, and the scene whose reconstruction is timed; of recordings
+        also the frames behind every split.
+        """
         return self.source.sampled()
 
     def deployed(self, model: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, ...]], list[str], list[str]]:

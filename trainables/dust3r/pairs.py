@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,21 @@ _WINDOWED = re.compile(r"(swin|logwin)(?:-(\d+))?(-noncyclic)?")
 _REFERENCE = re.compile(r"oneref(?:-(\d+))?")
 _FILTER = re.compile(r"(seq|cyc)(\d+)")
 KINDS = "nearest, complete, swin[-K][-noncyclic], logwin[-K][-noncyclic] or oneref[-I]"
+
+
+@dataclass(frozen=True)
+class SceneGraph:
+    """Images of one scene, its directed pair graph, and the truth.
+
+    names: of the images; image (n, 3, H, W) uint8; edges: pairs of their numbers; pose (n, 4, 4) float32, camera to
+    the first camera, metres; intrinsics (n, 3, 3) float32, pixels.
+    """
+
+    names: list[str]
+    image: Tensor
+    edges: Edges
+    pose: Tensor
+    intrinsics: Tensor
 
 
 def covisibility(points: Tensor, pose: Tensor, depth: Tensor, intrinsics: Tensor) -> Tensor:
@@ -98,3 +114,23 @@ def prefiltered(edges: Iterable[tuple[int, int]], rule: str, count: int) -> Edge
         return min(gap, count - gap) if found[1] == "cyc" else gap
 
     return [(i, j) for i, j in edges if apart(i, j) <= most]
+
+
+def chained(edges: Edges, most: int) -> tuple[list[int], Edges]:
+    """At most `most` images that chains of pairs join, of the largest such group, and the edges among them.
+
+    The images in their order; an edge holds positions in that list.
+    """
+    beside: dict[int, set[int]] = {}
+    for i, j in edges:
+        beside.setdefault(i, set()).add(j)
+        beside.setdefault(j, set()).add(i)
+    groups = []
+    for start in sorted(beside):
+        group = [start]
+        for image in group:  # grows on the way
+            group += sorted(beside[image].difference(group))
+        groups.append(sorted(group[:most]))
+    images = max(groups, key=len)
+    at = {image: k for k, image in enumerate(images)}
+    return images, [(at[i], at[j]) for i, j in edges if i in at and j in at]

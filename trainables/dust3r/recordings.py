@@ -25,6 +25,7 @@ from trainables.config import WorkloadSettings
 from trainables.domain import Batch
 from trainables.dust3r import pairs
 from trainables.dust3r.frames import BrokenFrame, Frame, Scene, fit, points
+from trainables.dust3r.pairs import SceneGraph
 from trainables.dust3r.readers import layouts
 
 OVERLAP = (0.2, 0.9)  # share of a view's pixels that the other one sees, the lesser of both directions
@@ -94,8 +95,10 @@ class Recordings:
                 file=sys.stderr,
             )
         fixed = {split: self.listing(split) for split in ("val", "test")}
+        scene = self.scene()
         return {
             "pairs (scene, frame, frame)": [link.names for link in self._sample()],
+            "scene": {"views": scene.names, "pairs": [list(edge) for edge in scene.edges]},
             "frames": {split: listing.frames for split, listing in fixed.items()},
             "frames_hash": {split: listing.content for split, listing in fixed.items()},
             "skipped_frames": dict(sorted(self.skipped.items())),
@@ -104,6 +107,28 @@ class Recordings:
     def images(self) -> Tensor:
         """The sampled pairs' images, (sampled_pairs, 2, 3, H, W) uint8."""
         return torch.stack([self._pair(link)["image"] for link in self._sample()])
+
+    def scene(self) -> SceneGraph:
+        """The first scene of the test split that has a pair; InputError where none has."""
+        scenes = self._layout[1]["test"]
+        for number in np.random.default_rng(self.workload.workload_seed).permutation(len(scenes)):
+            usable = self._usable(scenes[number])
+            links = self._links(usable)
+            if links:
+                break
+        else:
+            raise self._nothing("test", len(scenes))
+        number_of = {name: k for k, name in enumerate(usable.frames)}
+        graph = sorted(pairs.symmetrised([(number_of[link.first], number_of[link.second]) for link in links]))
+        at, edges = pairs.chained(graph, self.workload.scene_views)
+        names = [usable.frames[k] for k in at]
+        found = [self._frame(usable, name) for name in names]
+        pose = np.stack([np.linalg.inv(found[0].pose) @ frame.pose for frame in found]).astype(np.float32)
+        image = np.stack([frame.image for frame in found]).transpose(0, 3, 1, 2)
+        intrinsics = np.stack([frame.intrinsics for frame in found]).astype(np.float32)
+        arrays = (torch.from_numpy(np.ascontiguousarray(array)) for array in (image, pose, intrinsics))
+        images, poses, cameras = arrays
+        return SceneGraph([f"{usable.name}/{name}" for name in names], images, edges, poses, cameras)
 
     def _sample(self) -> list[Link]:
         """`sampled_pairs` directed pairs of the test split, without replacement."""
@@ -150,14 +175,17 @@ class Recordings:
             if len(links) >= self._need[split]:
                 break
         if not links:
-            why = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:1])
-            raise InputError(
-                f"data={self.folder} ({self._layout[0]}): no pair for {split} in {len(scenes)} scenes, "
-                f"{len(self.skipped)} frames skipped{f' ({why})' if why else ''}; image_size={self.workload.image_size}"
-            )
+            raise self._nothing(split, len(scenes))
         chosen = [links[k] for k in order.permutation(len(links))[: self._need[split]]]
         digest.update(repr([link.names for link in chosen]).encode())
         return Listing(chosen, digest.hexdigest()[:16], used)
+
+    def _nothing(self, split: str, scenes: int) -> InputError:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:1])
+        return InputError(
+            f"data={self.folder} ({self._layout[0]}): no pair for {split} in {scenes} scenes, "
+            f"{len(self.skipped)} frames skipped{f' ({why})' if why else ''}; image_size={self.workload.image_size}"
+        )
 
     def _usable(self, scene: Scene) -> Scene:
         """`views_per_scene` evenly spaced frames of a scene, or those of some of its own pairs, less the broken."""

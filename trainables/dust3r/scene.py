@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -11,8 +12,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from engines.errors import InputError
-from trainables.dust3r.align import Predictions, Reconstruction
+from engines.halves import split
+from engines.latency import measure
+from engines.runtimes import OnnxRuntime, Runtime, torch_threads
+from trainables.config import WorkloadSettings
+from trainables.dust3r.align import Predictions, Reconstruction, align
 from trainables.dust3r.model import DUSt3R
+from trainables.dust3r.pairs import SceneGraph
 
 BATCH = 8  # images, then pairs, that go through the model at once
 MIN_CONFIDENCE = 3.0  # of points that a cloud shows; confidences start at 1
@@ -24,9 +30,7 @@ def predict(model: DUSt3R, images: Tensor, edges: Sequence[tuple[int, int]]) -> 
 
     An image is encoded once, however many pairs it is in; the result is that of one pass per pair.
     """
-    unknown = [edge for edge in edges if not all(0 <= view < len(images) for view in edge)]
-    if unknown or not edges:
-        raise InputError(f"pairs {unknown or list(edges)}: expected one or more of {len(images)} images, from 0 on")
+    _check(images, edges)
     size = (images.shape[-2], images.shape[-1])
     features = torch.cat([model.encode(batch) for batch in torch.split(images, BATCH)])
     parts = []
@@ -34,6 +38,61 @@ def predict(model: DUSt3R, images: Tensor, edges: Sequence[tuple[int, int]]) -> 
         parts.append(model.pair(features[batch[:, 0]], size, features[batch[:, 1]], size))
     pts1, conf1, pts2, conf2 = (torch.cat(part) for part in zip(*parts, strict=True))
     return Predictions(edges, pts1, conf1, pts2, conf2)
+
+
+def predict_deployed(
+    encoder: Runtime, decoder: Runtime, images: Tensor, edges: Sequence[tuple[int, int]]
+) -> Predictions:
+    """The same by a deployed file's two halves (engines/halves.py), two images and one pair at a time, on the host."""
+    _check(images, edges)
+    arrays, last = np.split(images.numpy(), len(images)), len(images) - 1
+    tokens = [one for k in range(0, last + 1, 2) for one in encoder.run((arrays[k], arrays[min(k + 1, last)]))[0]]
+    parts = [decoder.run((np.stack((tokens[i], tokens[j])),)) for i, j in edges]
+    pts1, conf1, pts2, conf2 = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return Predictions(edges, pts1, conf1, pts2, conf2)
+
+
+def _check(images: Tensor, edges: Sequence[tuple[int, int]]) -> None:
+    unknown = [edge for edge in edges if not all(0 <= view < len(images) for view in edge)]
+    if unknown or not edges:
+        raise InputError(f"pairs {unknown or list(edges)}: expected one or more of {len(images)} images, from 0 on")
+
+
+def pace(
+    model: DUSt3R, file: Path | None, graph: SceneGraph, workload: WorkloadSettings, device: str
+) -> dict[str, float | str]:
+    """Seconds from images to one cloud, medians of `scene_repeats` runs: t_scene_s in all, t_scene_pairs_s for the
+    pairs, of which each image is encoded once.
+
+    file: the deployed ONNX file that is timed; None: `model` is, in torch. Where the pointmaps cannot be aligned,
+    scene_error says so instead.
+    """
+    images = graph.image.float() / 127.5 - 1
+    with TemporaryDirectory() as folder, torch_threads(workload.threads):
+        pairs: Callable[[], Predictions]
+        if file:
+            encoder, decoder = (OnnxRuntime(half, device, workload.threads) for half in split(file, Path(folder)))
+
+            def pairs() -> Predictions:
+                return predict_deployed(encoder, decoder, images, graph.edges).to(device)
+        else:
+            model.to(device)
+
+            def pairs() -> Predictions:
+                return predict(model, images.to(device), graph.edges)
+
+        def scene() -> Reconstruction:
+            return align(pairs(), steps=workload.scene_steps)
+
+        first = pairs()  # warms up; an error in here is a defect, not the model's
+        try:
+            align(first, steps=1)
+            times = measure({"pairs": pairs, "scene": scene}, 0, workload.scene_repeats, workload.workload_seed)
+        except InputError as error:
+            return {"scene_error": str(error)}
+    seconds = {name: float(np.median(found)) / 1000 for name, found in times.items()}
+    return {"t_scene_s": seconds["scene"], "t_scene_pairs_s": seconds["pairs"], "scene_images": len(images),
+            "scene_pairs": len(graph.edges)}  # fmt: skip
 
 
 def cloud(found: Reconstruction, images: Tensor, least: float = MIN_CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +138,7 @@ def picture(found: Reconstruction, points: np.ndarray, colours: np.ndarray) -> F
         both = np.concatenate((np.stack((low, high)), centres, ahead))
         axes.set_xlim(both[:, x].min(), both[:, x].max())
         axes.set_ylim(both[:, y].min(), both[:, y].max())
-        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_aspect("equal", adjustable="box")
         axes.set(title=title, xlabel="xyz"[x], ylabel="xyz"[y])
         if y == 1:
             axes.invert_yaxis()  # y points down

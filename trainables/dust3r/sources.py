@@ -16,6 +16,7 @@ from torch import Tensor
 from trainables.config import WorkloadSettings
 from trainables.domain import Batch
 from trainables.dust3r import pairs, rooms
+from trainables.dust3r.pairs import Edges, SceneGraph
 from trainables.dust3r.recordings import Recordings
 
 
@@ -33,6 +34,9 @@ class Source(Protocol):
 
     def images(self) -> Tensor:
         """The sampled pairs' images, (sampled_pairs, 2, 3, H, W) uint8."""
+
+    def scene(self) -> SceneGraph:
+        """The first scene of the test split: of its views, at most `scene_views` that its pair graph joins."""
 
 
 def source(workload: WorkloadSettings, seed: int, train_pairs: int) -> Source:
@@ -62,7 +66,11 @@ class Rooms:
 
     def sampled(self) -> dict[str, Any]:
         """Edges (room, view, view)."""
-        return {"pairs (scene, view, view)": [list(edge) for edge in self.edges()]}
+        scene = self.scene()
+        return {
+            "pairs (scene, view, view)": [list(edge) for edge in self.edges()],
+            "scene": {"views": scene.names, "pairs": [list(edge) for edge in scene.edges]},
+        }
 
     def edges(self) -> list[tuple[int, int, int]]:
         """`sampled_pairs` edges (room, i, j) drawn without replacement with `workload_seed` from the pair graphs.
@@ -73,15 +81,9 @@ class Rooms:
         w = self.workload
         count = -(-w.sampled_pairs // w.views_per_scene)
         views = self._views(torch.arange(w.test_pairs, w.test_pairs + count))
-        to_first = torch.linalg.inv(views.pose[:, :1]) @ views.pose
         edges: list[tuple[int, int, int]] = []
         for row in range(count):
-            if w.pair_graph == "nearest":
-                geometry = (views.points[row], to_first[row], views.depth[row], views.intrinsics[row])
-                graph = pairs.nearest(pairs.covisibility(*geometry), w.neighbours)
-            else:
-                graph = sorted(pairs.symmetrised(pairs.graph(w.pair_graph, w.views_per_scene)))
-            edges += [(w.test_pairs + row, i, j) for i, j in graph]
+            edges += [(w.test_pairs + row, i, j) for i, j in self._graph(views, row)]
         chosen = np.random.default_rng(w.workload_seed).permutation(len(edges))[: w.sampled_pairs]
         return [edges[k] for k in sorted(chosen)]
 
@@ -92,6 +94,24 @@ class Rooms:
         views = self._views(scenes)
         row = {int(scene): k for k, scene in enumerate(scenes)}
         return torch.stack([views.image[row[scene], [i, j]] for scene, i, j in edges])
+
+    def scene(self) -> SceneGraph:
+        """The first room of :meth:`edges`."""
+        room = self.workload.test_pairs
+        views = self._views(torch.tensor([room]))
+        at, edges = pairs.chained(self._graph(views, 0), self.workload.scene_views)
+        pose = (torch.linalg.inv(views.pose[0, at[:1]]) @ views.pose[0, at]).float()
+        intrinsics = views.intrinsics.expand(len(at), 3, 3)
+        return SceneGraph([f"room {room}, view {k}" for k in at], views.image[0, at], edges, pose, intrinsics)
+
+    def _graph(self, views: rooms.Views, row: int) -> Edges:
+        """The directed pairs of a room's views."""
+        w = self.workload
+        if w.pair_graph != "nearest":
+            return sorted(pairs.symmetrised(pairs.graph(w.pair_graph, w.views_per_scene)))
+        to_first = torch.linalg.inv(views.pose[row, :1]) @ views.pose[row]
+        share = pairs.covisibility(views.points[row], to_first, views.depth[row], views.intrinsics[row])
+        return pairs.nearest(share, w.neighbours)
 
     def _views(self, scenes: Tensor) -> rooms.Views:
         w = self.workload

@@ -70,8 +70,8 @@ def test_each_seed_has_one_cache_before_its_trials_and_its_arms_start_alike(job,
     monkeypatch.setattr(evaluate, "environment", lambda: {"cores": 1})  # starting processes takes longer than this
     evaluate.prepare(job)
     cache = Path(job["cache_dir"])
-    made = {path.parent.name for path in cache.glob("*/done.json")}
-    assert len(made) == 2 and all((cache / name / "teacher_fused.npy").exists() for name in made)
+    made = {path.parent.name for path in cache.glob("*/layout.json")}
+    assert len(made) == 2 and all("teacher_fused" in (cache / name / "layout.json").read_text() for name in made)
     events = {}
     for seed in (7, 8):
         arms = {}
@@ -88,4 +88,4 @@ def test_each_seed_has_one_cache_before_its_trials_and_its_arms_start_alike(job,
         events[seed] = torch.cat(rows[0])
         assert stages.step()["train_fused"] > 0
     assert not torch.equal(events[7], events[8])
-    assert {path.parent.name for path in cache.glob("*/done.json")} == made
+    assert {path.parent.name for path in cache.glob("*/layout.json")} == made

@@ -178,3 +178,11 @@ def test_the_workload_says_which_graph(workload, kind):
     assert len(edges) == 20 and {(i, j) for _, i, j in edges} <= set(pairs.symmetrised(pairs.graph(kind, 8)))
     with pytest.raises(ValueError, match="pair_graph"):
         WorkloadSettings(pair_graph="star")
+
+
+def test_a_scene_is_the_largest_group_that_pairs_join():
+    edges = pairs.symmetrised([(0, 1), (2, 3), (3, 5), (5, 6)])
+    assert pairs.chained(edges, 8) == ([2, 3, 5, 6], pairs.symmetrised([(0, 1), (1, 2), (2, 3)]))
+    images, among = pairs.chained(edges, 3)
+    assert (images, among) == ([2, 3, 5], pairs.symmetrised([(0, 1), (1, 2)]))
+    assert pairs.chained(edges, 2) == ([0, 1], pairs.symmetrised([(0, 1)]))

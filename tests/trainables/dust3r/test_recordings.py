@@ -227,3 +227,18 @@ def test_a_student_trains_on_frames_with_holes(tiny, wall, tmp_path):
     beside = domain.compare(found, "test")
     assert beside["absrel_lo"] <= float(found["absrel"].mean()) <= beside["absrel_hi"]
     assert 0 < beside["absrel_mean_depth_map"] < 1
+
+
+def test_the_scene_is_of_test_frames_that_pairs_join(wall):
+    data = recordings(wall)
+    found = data.scene()
+    frames = data.listing("test").links[0].scene.frames
+    assert 2 < len(found.names) <= 8 and {name.split("/")[-1] for name in found.names} <= set(frames)
+    assert found.image.shape == (len(found.names), 3, 32, 48) and found.image.dtype == torch.uint8
+    poses = [written.shot(int(name[-6:]))[2] for name in found.names]
+    for k, pose in enumerate(poses):
+        assert np.allclose(found.pose[k], np.linalg.inv(poses[0]) @ pose, atol=1e-5)
+    assert all((j, i) in found.edges for i, j in found.edges)
+    few = recordings(wall, scene_views=2).scene()
+    assert len(few.names) == 2 and sorted(few.edges) == [(0, 1), (1, 0)]
+    assert data.sampled()["scene"] == {"views": found.names, "pairs": [list(edge) for edge in found.edges]}

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from engines.errors import InputError
 from trainables import checkpoint
 from trainables.dust3r import released
+from trainables.dust3r.__main__ import main
 from trainables.dust3r.model import from_reference_config
 
 LINEAR = {
@@ -217,3 +218,13 @@ def test_damaged_files_are_one_line(tmp_path):
         refused(hub, "config.json")
     (hub / "config.json").unlink()
     refused(hub, "config.json", "does not exist")
+
+
+def test_describe_takes_both_forms(tmp_path, capsys):
+    weights = model_of(LINEAR).state_dict()
+    tables = []
+    for path in (write_pth(tmp_path / "a.pth", LINEAR, weights), write_hub(tmp_path / "hub", LINEAR, weights)):
+        assert main(["describe", "--set", f"teacher={path}"]) == 0
+        tables.append(capsys.readouterr().out)
+    millions = sum(value.numel() for key, value in weights.items() if key != "mask_token") / 1e6
+    assert tables[0] == tables[1] and f"{'all: parameters, M':34}{millions:12.2f}" in tables[0]
