@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import sinter
@@ -25,11 +25,11 @@ REFERENCES = {"ler_matching": "pymatching", "ler_correlated": "pymatching_correl
 
 
 def stats(
-    experiment: Experiment, decoder: str, shots: int, errors: int, seconds: float = 0.0, **origin: object
+    experiment: Experiment, decoder: str, shots: int, errors: int, seconds: float, origin: Mapping[str, Value]
 ) -> sinter.TaskStats:
     """One line of sinter's CSV. Its metadata: distance d, rounds r, p, basis b, noise, outputs, shots and `origin`.
 
-    origin: numbers or text, None left out: `weights`, the hash of a neural decoder's; `workload`, the hash, or `seed`,
+    origin: what is None is left out; `weights`, the hash of a neural decoder's; `workload`, the hash, or `seed`,
     which shots were decoded. They are part of the id, as is `shots`: more shots of one seed repeat the fewer.
     """
     e = experiment
@@ -78,8 +78,8 @@ def of_run(folder: Path) -> list[sinter.TaskStats]:
         for decoder, rate, origin in [(record.exp_id, record.extra.get("ler"), _origin(record)), *_references(record)]:
             shots = record.extra.get("test_samples")
             if isinstance(rate, int | float) and isinstance(shots, int) and decoder not in found:
-                more = {**origin, "workload": record.workload_hash}
-                found[decoder] = stats(experiment, decoder, shots, round(rate * shots), **more)
+                where = {**origin, "workload": record.workload_hash}
+                found[decoder] = stats(experiment, decoder, shots, round(rate * shots), 0.0, where)
     if not found:
         raise InputError(f"{folder}: no record with an error rate; measure with sweeps/aq_baseline.py or another stage")
     return list(found.values())
