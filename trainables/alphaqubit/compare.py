@@ -14,7 +14,7 @@ from engines.latency import measure
 from trainables.alphaqubit import matching
 from trainables.alphaqubit.decisions import label_flips
 from trainables.alphaqubit.layout import layout_of
-from trainables.alphaqubit.metrics import expected_calibration_error
+from trainables.alphaqubit.metrics import expected_calibration_error, rate_per_round
 from trainables.alphaqubit.sampler import Batch, Experiment
 from trainables.gates import paired_drop
 
@@ -41,12 +41,16 @@ def ratio(own: np.ndarray, other: np.ndarray, seed: int, resamples: int = 2000) 
     return 1 + change.value, 1 + change.lo, 1 + change.hi
 
 
-def wrong(name: str, experiment: Experiment, shots: Batch) -> np.ndarray:
-    """(N,) float64, 1 where a decoder of :mod:`trainables.alphaqubit.matching` predicts any flip wrongly."""
+def wrong_flips(name: str, experiment: Experiment, shots: Batch) -> np.ndarray:
+    """(N, observables) bool, where a decoder of :mod:`trainables.alphaqubit.matching` predicts a flip wrongly."""
     circuit = experiment.circuit()
     flat = layout_of(circuit).to_flat(shots["events"].numpy())
-    found = matching.decode(name, circuit, flat)
-    return np.asarray((found != label_flips(shots["label"], experiment.label)).any(1), np.float64)
+    return np.asarray(matching.decode(name, circuit, flat) != label_flips(shots["label"], experiment.label))
+
+
+def wrong(name: str, experiment: Experiment, shots: Batch) -> np.ndarray:
+    """(N,) float64, 1 where a decoder of :mod:`trainables.alphaqubit.matching` predicts any flip wrongly."""
+    return np.asarray(wrong_flips(name, experiment, shots).any(1), np.float64)
 
 
 def measures(
@@ -56,8 +60,8 @@ def measures(
 
     own: metrics per shot of AlphaQubit.evaluate on these shots. limit: P(wrong) of the exact decoder per shot, where
     there is one. ler_lo, ler_hi: binomial. ler_over_<decoder>, with _lo and _hi; of slow decoders on the first
-    slow_shots shots. ler_over_exact: of posterior probabilities, so that luck with the shots drops out. ece:
-    calibration error of one observable's probability.
+    slow_shots shots. ler_over_exact: of posterior probabilities, so that luck with the shots drops out. Of one
+    observable: ece, calibration error of its probability; ler_per_round, left out where the LER reaches one half.
     """
     errors = own["ler"].double().numpy()
     low, high = binomial(int(errors.sum()), len(errors))
@@ -76,6 +80,8 @@ def measures(
         found |= _named("ler_over_exact", ratio(own["ler_exact"].double().numpy(), limit, seed, 500))
     if experiment.label == "observable":
         label, right = shots["label"][:, 0].numpy(), np.exp(-own["nll"].double().numpy()).clip(0, 1)
+        rate = rate_per_round(float(errors.mean()), experiment.rounds)
+        found |= {} if rate is None else {"ler_per_round": rate}
         found["ece"] = expected_calibration_error(np.where(label == 1, right, 1 - right), label)
     return found
 

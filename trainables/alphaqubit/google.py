@@ -9,6 +9,10 @@ rounds are padded with zeros in some copies and not in others; both are found.
 
 b8: ceil(n/8) bytes per shot, lowest bit first. 01: n characters and a newline per shot. n comes from
 circuit_ideal.stim. Nothing in these files is executed or unpickled.
+
+Needed: the description, circuit_ideal.stim, detection_events.b8 and obs_flips_actual, and of a Willow decoder its
+predictions. Optional: measurements.b8 with its sweep bits, which the events and flips are checked against; error models
+and the noisy circuit, on which matching decodes. What is absent is said.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import stim
@@ -31,12 +35,13 @@ from engines.errors import InputError, command_line
 from engines.untrusted import yaml_data
 from trainables.alphaqubit import decisions, matching
 from trainables.alphaqubit.compare import FAST, binomial
-from trainables.alphaqubit.layout import Placement, layout_of
+from trainables.alphaqubit.layout import BOTH, Placement, layout_of
 from trainables.alphaqubit.model import Decoder
 
 _SYCAMORE = re.compile(r"surface_code_b(?P<basis>[XZ])_d(?P<distance>\d+)_r(?P<rounds>\d+)_center_\d+_\d+")
 _WILLOW = re.compile(r"d(?P<distance>\d+)_at_q\d+_\d+/(?P<basis>[XZ])/r(?P<rounds>\d+)")
 _PREDICTED = "obs_flips_predicted_by_"
+_Source = TypeVar("_Source", stim.Circuit, stim.DetectorErrorModel)
 _PROPERTIES, _METADATA = "properties.yml", "metadata.json"
 
 
@@ -48,7 +53,8 @@ class Recorded:
     device's coordinates. noisy: with the noise model that was shipped, None where there is none. flat: detection events
     (N, D) in the circuit's order. events, measurements: (N, R+1, S), see
     :class:`~trainables.alphaqubit.layout.Placement`. label: (N, 1), whether the observable flipped. predictions: (N, 1)
-    by the name of the decoder that was shipped with them, dems: error models by file or decoder. Arrays are uint8.
+    by the name of the decoder that was shipped with them, dems: error models by file or decoder. absent: optional files
+    that are not there, and what that means. Arrays are uint8.
     """
 
     folder: Path
@@ -64,6 +70,15 @@ class Recorded:
     label: np.ndarray
     predictions: Mapping[str, np.ndarray]
     dems: Mapping[str, stim.DetectorErrorModel]
+    absent: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Shots:
+    """How many shots the files of a folder hold, and the file that says so."""
+
+    count: int
+    said_by: str
 
 
 def find(
@@ -108,12 +123,18 @@ def read(folder: Path) -> Recorded:
             raise InputError(f"{described} says {name}={wanted[name]} but circuit_ideal.stim has {value}: one is wrong")
     if circuit.num_observables != 1:
         raise InputError(f"{folder / 'circuit_ideal.stim'} has {circuit.num_observables} observables: expected 1")
-    shots = wanted["shots"]
-    flat = _b8(folder / "detection_events.b8", circuit.num_detectors, shots)
-    shots = len(flat)
+    told = wanted["shots"]
+    flat = _b8(folder / "detection_events.b8", circuit.num_detectors, told and _Shots(told, described.name))
+    shots = _Shots(len(flat), described.name if told else "detection_events.b8")
     label = _b8(folder / "obs_flips_actual.b8", 1, shots) if willow else _text(folder / "obs_flips_actual.01", 1, shots)
-    _compare(folder, circuit, "sweep_bits.b8" if willow else "sweep.b8", flat, label)
+    compared = _compare(folder, circuit, "sweep_bits.b8" if willow else "sweep.b8", flat, label, shots)
+    absent = [] if compared else ["measurements.b8, so events and flips are not checked against it"]
     predictions, dems = (_willow if willow else _sycamore)(folder, circuit, shots)
+    absent += [
+        f"error_model.dem of {name}, so matching does not decode on it"
+        for name in predictions
+        if willow and name not in dems
+    ]
     noisy = folder / ("circuit_noisy_si1000.stim" if willow else "circuit_noisy.stim")
     events = placement.to_grid(flat)
     return Recorded(
@@ -122,7 +143,7 @@ def read(folder: Path) -> Recorded:
         properties=properties,
         basis=wanted["basis"],
         circuit=circuit,
-        noisy=_circuit(noisy) if noisy.is_file() else None,
+        noisy=_same_detectors(noisy, _circuit(noisy), circuit) if noisy.is_file() else None,
         placement=placement,
         flat=flat,
         events=events,
@@ -130,6 +151,7 @@ def read(folder: Path) -> Recorded:
         label=label,
         predictions=predictions,
         dems=dems,
+        absent=tuple(absent),
     )
 
 
@@ -189,22 +211,38 @@ def _dem(path: Path, circuit: stim.Circuit) -> stim.DetectorErrorModel:
         dem = stim.DetectorErrorModel(_text_of(path).decode())
     except (ValueError, IndexError) as error:
         raise InputError(f"{path} is no error model ({str(error).splitlines()[0]}): get the file again") from None
-    if dem.num_detectors != circuit.num_detectors:
-        raise InputError(
-            f"{path} has {dem.num_detectors} detectors but circuit_ideal.stim has {circuit.num_detectors}: one is wrong"
-        )
-    return dem
+    return _same_detectors(path, dem, circuit)
 
 
-def _b8(path: Path, bits: int, shots: int | None) -> np.ndarray:
+def _same_detectors(path: Path, source: _Source, circuit: stim.Circuit) -> _Source:
+    """A file's DEM or circuit, if its detectors and observable are those of the circuit that was run."""
+    for what in ("detectors", "observables"):
+        theirs, ours = (getattr(one, f"num_{what}") for one in (source, circuit))
+        if theirs != ours:
+            raise InputError(f"{path} has {theirs} {what} but circuit_ideal.stim has {ours}: one is wrong")
+    known = circuit.get_detector_coordinates()
+    for detector, theirs in source.get_detector_coordinates().items():
+        ours, count = known[detector], len(theirs)
+        # A detector may list several qubits in one file, and in the other the first or the last of them, or none.
+        if not any(
+            len(part) == count and np.allclose(part, theirs) for part in (ours[:count], ours[len(ours) - count :])
+        ):
+            raise InputError(
+                f"{path} has detector {detector} at {tuple(theirs)} but circuit_ideal.stim at {tuple(ours)}: one is of "
+                "another experiment"
+            )
+    return source
+
+
+def _b8(path: Path, bits: int, shots: _Shots | None) -> np.ndarray:
     """(shots, bits) uint8. shots None: as many as there are."""
     content = np.frombuffer(_text_of(path), np.uint8)
     width = -(-bits // 8)
-    count = len(content) // width if shots is None else shots
+    count = shots.count if shots else len(content) // width
     if len(content) != count * width or count < 1:
+        many, source = (shots.count, f", as many as {shots.said_by} has") if shots else ("1 or more", "")
         raise InputError(
-            f"{path} has {len(content)} bytes: expected {width} for each of {'1 or more' if shots is None else count} "
-            f"shots of {bits} bits"
+            f"{path} has {len(content)} bytes: expected {width} for each of {many} shots of {bits} bits{source}"
         )
     values: np.ndarray = np.unpackbits(content.reshape(count, width), axis=1, bitorder="little")
     if values[:, bits:].any():
@@ -212,31 +250,34 @@ def _b8(path: Path, bits: int, shots: int | None) -> np.ndarray:
     return values[:, :bits]
 
 
-def _text(path: Path, bits: int, shots: int) -> np.ndarray:
+def _text(path: Path, bits: int, shots: _Shots) -> np.ndarray:
     """(shots, bits) uint8 of a file in format 01."""
     content = np.frombuffer(_text_of(path).replace(b"\r\n", b"\n"), np.uint8)
-    if len(content) == shots * (bits + 1) - 1:
+    if len(content) == shots.count * (bits + 1) - 1:
         content = np.append(content, np.uint8(ord("\n")))
-    if len(content) != shots * (bits + 1):
+    if len(content) != shots.count * (bits + 1):
         raise InputError(
-            f"{path} has {len(content)} characters: expected {bits} and a newline for each of {shots} shots"
+            f"{path} has {len(content)} characters: expected {bits} and a newline for each of {shots.count} shots, as "
+            f"many as {shots.said_by} has"
         )
-    lines = content.reshape(shots, bits + 1)
+    lines = content.reshape(shots.count, bits + 1)
     values = lines[:, :bits] - np.uint8(ord("0"))
     if (values > 1).any() or (lines[:, bits] != ord("\n")).any():
         raise InputError(f"{path} is not of format 01: expected lines of {bits} characters 0 or 1")
     return values
 
 
-def _compare(folder: Path, circuit: stim.Circuit, sweep_name: str, flat: np.ndarray, label: np.ndarray) -> None:
-    """Where the raw measurements are there, they must give the events and flips that stand beside them."""
+def _compare(
+    folder: Path, circuit: stim.Circuit, sweep_name: str, flat: np.ndarray, label: np.ndarray, shots: _Shots
+) -> bool:
+    """Where the raw measurements are there, they must give the events and flips beside them. Whether they are there."""
     path = folder / "measurements.b8"
     if not path.is_file():
-        return
-    measured = _b8(path, circuit.num_measurements, len(flat)).astype(bool)
+        return False
+    measured = _b8(path, circuit.num_measurements, shots).astype(bool)
     sweep = None
     if circuit.num_sweep_bits:
-        sweep = _b8(folder / sweep_name, circuit.num_sweep_bits, len(flat)).astype(bool)
+        sweep = _b8(folder / sweep_name, circuit.num_sweep_bits, shots).astype(bool)
     converted = circuit.compile_m2d_converter().convert(
         measurements=measured, sweep_bits=sweep, separate_observables=True
     )
@@ -244,10 +285,11 @@ def _compare(folder: Path, circuit: stim.Circuit, sweep_name: str, flat: np.ndar
         wrong = int((found != given).any(1).sum())
         if wrong:
             raise InputError(f"{path} disagrees with {name} in {wrong} of {len(flat)} shots: the files are of two runs")
+    return True
 
 
 def _sycamore(
-    folder: Path, circuit: stim.Circuit, shots: int
+    folder: Path, circuit: stim.Circuit, shots: _Shots
 ) -> tuple[dict[str, np.ndarray], dict[str, stim.DetectorErrorModel]]:
     predicted = sorted(folder.glob(f"{_PREDICTED}*.01"))
     predictions = {path.stem.removeprefix(_PREDICTED): _text(path, 1, shots) for path in predicted}
@@ -255,7 +297,7 @@ def _sycamore(
 
 
 def _willow(
-    folder: Path, circuit: stim.Circuit, shots: int
+    folder: Path, circuit: stim.Circuit, shots: _Shots
 ) -> tuple[dict[str, np.ndarray], dict[str, stim.DetectorErrorModel]]:
     predictions, dems = {}, {}
     for path in sorted(folder.glob("decoding_results/*/")):
@@ -286,8 +328,16 @@ def table(data: Recorded, model: Decoder | None = None) -> str:
         f"{data.folder.name if data.source == 'sycamore' else '/'.join(data.folder.parts[-3:])}: {data.source}, "
         f"distance {layout.distance}, rounds {placement.rounds}, basis {data.basis}, {shots} shots"
     ]
+    lines += [f"  absent: {what}" for what in data.absent]
     if not sources:
         lines.append("  no error model and no noisy circuit: matching cannot decode it")
+    config = model.config if model is not None else None
+    if config and config["distance"] == layout.distance and config["basis"] not in (data.basis, BOTH):
+        lines.append(
+            f"  warning: the decoder given is of basis {config['basis']}, and decodes basis {data.basis} by the "
+            f"code's symmetry, less well than weights of its own: python sweeps/aq_pretrain.py --set "
+            f"basis={data.basis} trains them"
+        )
     width = max(map(len, decoders), default=0)
     for name, decode in decoders.items():
         try:

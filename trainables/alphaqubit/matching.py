@@ -1,6 +1,6 @@
 """Decoders that a neural one is held against, on the same shots: PyMatching, plain and correlated, and others.
 
-beliefmatching and tesseract are optional; they are offered where they can be imported.
+beliefmatching and tesseract are optional, the extra `decoders`; they are offered where they can be imported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def decode(name: str, source: Source, events: np.ndarray) -> np.ndarray:
     if name not in _MODULES:
         raise InputError(f"decoder {name!r} is unknown, use one of {', '.join(_MODULES)}")
     if name not in available():
-        raise InputError(f"decoder {name!r} is not installed: pip install {_MODULES[name].replace('_', '-')}")
+        raise InputError(f"decoder {name!r} is not installed: pip install -c constraints.txt -e '.[decoders]'")
     if events.ndim != 2 or events.shape[1] != source.num_detectors:
         raise InputError(f"events of shape {tuple(events.shape)}: expected (shots, {source.num_detectors} detectors)")
     return _DECODERS[name](source, np.ascontiguousarray(events, dtype=np.uint8)).astype(np.uint8)

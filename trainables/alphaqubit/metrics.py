@@ -63,6 +63,11 @@ def ler_per_round(
     return RoundFit(eps, f0, r2, low, high)
 
 
+def rate_per_round(ler: float, rounds: int) -> float | None:
+    """eps of one observable by its LER after `rounds` rounds alone, with F0 = 1; None where LER reaches one half."""
+    return (1 - (1 - 2 * ler) ** (1 / rounds)) / 2 if ler < 0.5 else None
+
+
 def expected_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray, bins: int = 15) -> float:
     """Mean over the shots of |mean probability - share of flips| of the bin that a shot falls into.
 

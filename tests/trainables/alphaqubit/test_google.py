@@ -191,7 +191,61 @@ def test_measurements_may_be_absent_but_not_disagree(made, copy):
     (copy / "measurements.b8").write_bytes(bytes(content))
     refused(copy, "measurements.b8 disagrees with (detection_events|obs_flips_actual) in 1 of 96 shots")
     (copy / "measurements.b8").unlink()
-    assert np.array_equal(google.read(copy).flat, made[2])
+    data = google.read(copy)
+    assert np.array_equal(data.flat, made[2])
+    said = "absent: measurements.b8, so events and flips are not checked against it"
+    assert google.table(data).splitlines()[1] == f"  {said}"
+
+
+def test_an_error_model_may_be_absent_and_that_is_said(made, copy):
+    assert google.read(copy).absent == ()
+    next(copy.rglob("*.dem")).unlink()
+    data = google.read(copy)
+    lines = google.table(data).splitlines()
+    assert data.absent == (("error_model.dem of pymatching, so matching does not decode on it",) if made[0] else ())
+    assert lines[1:-3] == [f"  absent: {what}" for what in data.absent]
+    assert [line[2:].split("  ")[0] for line in lines[-3:]] == [
+        "pymatching on noisy circuit", "pymatching_correlated on noisy circuit", "pymatching, as shipped"
+    ]  # fmt: skip
+
+
+def moved(dem, change):
+    """The DEM with other coordinates of its detectors."""
+    result = stim.DetectorErrorModel()
+    for part in dem.flattened():
+        if part.type == "detector":
+            part = stim.DemInstruction("detector", change(part.args_copy()), part.targets_copy())
+        result.append(part)
+    return result
+
+
+def test_an_error_model_with_other_coordinates_is_refused(made, copy):
+    """Where it has some: without any the order of the detectors is all that there is."""
+    path = next(copy.rglob("*.dem"))
+    dem = stim.DetectorErrorModel.from_file(path)
+    moved(dem, lambda place: [value + 1.5 for value in place]).to_file(path)
+    refused(copy, rf"{path.name} has detector 0 at \(.*\) but circuit_ideal.stim at \(.*\): one is of another")
+    for same in (lambda place: [], lambda place: place[:2]):
+        moved(dem, same).to_file(path)
+        assert list(google.read(copy).dems) == ["pymatching" if made[0] else "circuit_detector_error_model"]
+    (stim.DetectorErrorModel("error(0.1) D0 L1") + dem).to_file(path)
+    refused(copy, f"{path.name} has 2 observables but circuit_ideal.stim has 1")
+    dem.to_file(path)
+    noisy = next(copy.glob("circuit_noisy*.stim"))
+    noisy.write_text("SHIFT_COORDS(1, 0, 0)\n" + noisy.read_text())
+    refused(copy, f"{noisy.name} has detector 0 at")
+
+
+def test_files_that_disagree_about_the_number_of_shots_are_both_named(made, copy):
+    """Where the description has no number, a file that is short by whole shots looks complete by itself."""
+    description = copy / ("metadata.json" if made[0] else "properties.yml")
+    values = json.loads(description.read_text()) if made[0] else yaml.safe_load(description.read_text())
+    description.write_text(json.dumps({key: value for key, value in values.items() if key != "shots"}))
+    path, flips = copy / "detection_events.b8", named(made[0])[0]
+    path.write_bytes(path.read_bytes()[: -3 * 5])
+    refused(copy, f"{flips} has .* for each of {SHOTS - 5} shots.*, as many as detection_events.b8 has")
+    description.write_text(json.dumps(values))
+    refused(copy, f"detection_events.b8 has .* for each of {SHOTS} shots.*, as many as {description.name} has")
 
 
 def test_files_that_belong_to_another_experiment(made, copy):
@@ -242,6 +296,11 @@ def test_the_command_says_of_every_experiment_how_well_it_was_decoded(tmp_path, 
         assert head.endswith(f"{source}, distance 3, rounds 3, basis {basis}, {SHOTS} shots")
         model = "pymatching" if willow else "circuit_detector_error_model"
         names = [f"pymatching on {model}", f"pymatching_correlated on {model}", "pymatching, as shipped"]
+        if basis == "X":
+            assert lines.pop(0) == (
+                "  warning: the decoder given is of basis Z, and decodes basis X by the code's symmetry, less well "
+                "than weights of its own: python sweeps/aq_pretrain.py --set basis=X trains them"
+            )
         assert [line[2:].split("  ")[0] for line in lines] == [*names, "the decoder given"]
         rate = f"LER {np.mean(predicted != flips):.5f} ["
         assert rate in lines[0] and rate in lines[2] and "LER 0." in lines[3]

@@ -1,3 +1,6 @@
+import tomllib
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,6 +15,14 @@ def shots():
     circuit = memory_circuit("Z", 3, 5, 0.01)
     events, label = circuit.compile_detector_sampler(seed=4).sample(2048, separate_observables=True)
     return circuit, events, label
+
+
+def test_the_extra_installs_what_is_imported():
+    root = Path(__file__).parents[3]
+    wanted = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["decoders"]
+    assert {name.replace("-", "_") for name in wanted} == set(matching._MODULES.values()) - {"pymatching"}
+    pinned = {line.split("==")[0] for line in (root / "constraints.txt").read_text().splitlines()}
+    assert {*wanted, "ldpc"} <= pinned
 
 
 @pytest.mark.parametrize("name", matching.available())
@@ -62,5 +73,5 @@ def test_bad_input_ends_in_one_line(shots, monkeypatch):
     with pytest.raises(InputError, match="flips more than two detectors"):
         matching.decode("pymatching", circuit.detector_error_model(), events)
     monkeypatch.setattr(matching, "available", lambda: ("pymatching", "pymatching_correlated"))
-    with pytest.raises(InputError, match="decoder 'tesseract' is not installed: pip install tesseract-decoder"):
+    with pytest.raises(InputError, match=r"decoder 'tesseract' is not installed: pip .* -e '.\[decoders\]'"):
         matching.decode("tesseract", circuit, events)

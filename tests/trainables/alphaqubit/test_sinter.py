@@ -1,6 +1,7 @@
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -144,23 +145,67 @@ def test_a_circuit_gets_the_weights_of_its_own_distance_and_basis(aq, tmp_path, 
         student.compile_decoder_for_dem(dem=memory_circuit("Z", 7, 2, 0.01).detector_error_model())
 
 
-def test_records_of_a_sweep_become_sinters_lines(aq, tmp_path, capsys):
-    extra = {"ler": 0.025, "test_samples": 4000, "ler_matching": 0.03, "ler_correlated": 0.031, "ler_limit": 0.02}
-    (tmp_path / "files").mkdir()
-    rows = [Record(exp_id=f"AQ1_KD_run{k}", datetime=now(), extra=extra) for k in (1, 2)]
-    write_csv(tmp_path / "files" / "result_table.csv", [*rows, Record(exp_id="AQ1_failed_run1", datetime=now())])
-    (tmp_path / "workload.yaml").write_text(
+def finished(folder, run=1, workload="w1", seed=1, weights="s1", parent="teacher:t", config="c1", ler=0.025):
+    """A finished sweep's folder: the teacher, one student, a trial that failed."""
+    known = {"test_samples": 4000, "ler_matching": 0.03, "ler_correlated": 0.031, "ler_limit": 0.02}
+    student = Record(
+        exp_id=f"AQ1_KD_run{run}", datetime=now(), seed=seed, workload_hash=workload, config_hash=config, parent=parent,
+        extra={**known, "ler": ler, "weights": weights},
+    )  # fmt: skip
+    teacher = Record(
+        exp_id="P0_teacher_run1", datetime=now(), seed=seed, workload_hash=workload, config_hash=config,
+        extra={**known, "ler": 0.022, "weights": "t"},
+    )  # fmt: skip
+    (folder / "files").mkdir(parents=True)
+    rows = [teacher, student, Record(exp_id="AQ1_failed_run1", datetime=now())]
+    write_csv(folder / "files" / "result_table.csv", rows)
+    (folder / "workload.yaml").write_text(
         "{distance: 3, rounds: 2, p: 0.01, noise: uniform, basis: Z, outputs: observable}"
     )
-    out = tmp_path / "stats.csv"
-    assert sinter_csv.main([str(tmp_path), str(out)]) == 0
+    return folder
+
+
+def test_records_of_a_sweep_become_sinters_lines(tmp_path, capsys):
+    """And the picture is drawn by the very command of the module's docstring."""
+    run, out = finished(tmp_path / "run"), tmp_path / "stats.csv"
+    assert sinter_csv.main([str(run), str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: 5 lines added, 0 were there already\n"
     found = {line.decoder: (line.shots, line.errors) for line in sinter.read_stats_from_csv_files(out)}
-    assert found == {"AQ1_KD_run1": (4000, 100), "AQ1_KD_run2": (4000, 100), "pymatching": (4000, 120),
+    assert found == {"P0_teacher_run1": (4000, 88), "AQ1_KD_run1": (4000, 100), "pymatching": (4000, 120),
                      "pymatching_correlated": (4000, 124), "exact": (4000, 80)}  # fmt: skip
-    picture = tmp_path / "ler.png"
-    sinter_main = [Path(sys.executable).parent / "sinter", "plot", "--in", out, "--x_func", "m.r", "--out", picture]
-    done = subprocess.run(list(map(str, sinter_main)), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and picture.stat().st_size > 1000, done.stderr[-2000:]
+    said = next(line for line in sinter_csv.__doc__.splitlines() if line.startswith("sinter plot"))
+    command = [str(Path(sys.executable).parent / "sinter"), *shlex.split(said)[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and (tmp_path / "ler.png").stat().st_size > 1000, done.stderr[-2000:]
     assert sinter_csv.main([str(tmp_path / "none"), str(out)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
-    assert sinter_csv.main([str(tmp_path), str(tmp_path / "no" / "out.csv")]) == 2
+    assert sinter_csv.main([str(run), str(tmp_path / "no" / "out.csv")]) == 2
+    out.write_text("not,a,table\n1,2,3\n")
+    assert sinter_csv.main([str(run), str(out)]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert "no/out.csv: cannot be written" in err[0] and "stats.csv: not a file of sinter's counts" in err[1]
+    assert len(err) == 2 and out.read_text() == "not,a,table\n1,2,3\n"
+
+
+def test_sweeps_of_one_file_are_not_added_up(tmp_path):
+    """Another workload, other weights and another seed stay apart; the same sweep and the same shots count once."""
+    runs = {
+        "demo": {"workload": "w2"},
+        "small": {},
+        "again": {},
+        "other": {"weights": "s2", "seed": 2},
+        "int8": {"parent": "student:s1", "config": "c2"},
+    }
+    out, added = tmp_path / "stats.csv", {}
+    for name, changes in runs.items():
+        lines = sinter_csv.of_run(finished(tmp_path / name, **changes))
+        added[name] = sinter_csv.append(out, lines)
+    # Five lines of a workload are new once; later sweeps on it bring nothing new but their student.
+    assert added == {"demo": 5, "small": 5, "again": 0, "other": 1, "int8": 1}
+    lines = sinter.read_stats_from_csv_files(out)
+    assert len(lines) == 12 and {line.shots for line in lines} == {4000}
+    students = [line.json_metadata for line in lines if line.decoder == "AQ1_KD_run1"]
+    assert sorted((one["workload"], one["weights"], one["seed"], one["config"]) for one in students) == [
+        ("w1", "s1", 1, "c1"), ("w1", "s1", 1, "c2"), ("w1", "s2", 2, "c1"), ("w2", "s1", 1, "c1")
+    ]  # fmt: skip
+    assert sinter_csv.append(out, [lines[0], lines[0]]) == 0

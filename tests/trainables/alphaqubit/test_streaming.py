@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -6,6 +9,7 @@ import torch
 from engines.errors import InputError
 from engines.export import export_onnx
 from engines.runtimes import OnnxRuntime
+from trainables.alphaqubit import decisions
 from trainables.alphaqubit.sampler import Experiment, fixed_shots
 from trainables.alphaqubit.streaming import Streaming, export
 
@@ -46,6 +50,17 @@ def test_the_step_is_a_graph_of_state_and_bits_alone(aq, tmp_path):
     graphs = [onnx.load(str(path)).graph for path in (step, read)]
     assert [[one.name for one in graph.input] for graph in graphs] == [["state", "codes"], ["state"]]
     assert [[one.name for one in graph.output] for graph in graphs] == [["next_state"], ["logits"]]
+
+
+def test_the_readmes_example_runs_and_decides_as_the_decoder(capsys):
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    names = {}
+    exec(
+        re.search(r"```python\n(from trainables.alphaqubit import decisions, streaming.*?)```", readme, re.S)[1], names
+    )
+    model, shots = decisions.read(decisions.SHIPPED).eval(), names["shots"]
+    flipped = bool(decisions.logits(model, shots["events"], shots["measurements"])[0, 0] > 0)
+    assert capsys.readouterr().out == ("flipped\n" if flipped else "not flipped\n")
 
 
 def test_bad_rounds_are_named(aq):
