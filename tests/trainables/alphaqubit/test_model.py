@@ -246,7 +246,8 @@ def test_a_size_of_ones_own_is_built_and_all_that_is_wrong_with_it_is_named_at_o
     with pytest.raises(InputError) as caught:
         resolve((DECODER_SIZES, DECODER_PRETRAIN), "demo", {"sizes": {"tiny": {"dim": 0}}, "epochs": 0})
     assert "--set sizes.tiny.dim=0: " in str(caught.value) and "--set epochs=0: " in str(caught.value)
-    with pytest.raises(InputError, match="^--set size=big: expected one of teacher, student, scaling, sycamore, scaling_student$"):
+    names = "teacher, student, scaling, sycamore, scaling_student"
+    with pytest.raises(InputError, match=f"^--set size=big: expected one of {names}$"):
         resolve((DECODER_SIZES,), "demo", {"size": "big"})
 
 
