@@ -1,6 +1,7 @@
 """ray_cluster.yaml and deploy/: what Ray's launcher would refuse, and what must not slip out."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.local.config import prepare_local
 from ray.autoscaler._private.util import fillout_defaults, validate_config
+
+from sweeps import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ("ray_cluster.yaml", "deploy/on_premise.yaml")
@@ -116,3 +119,12 @@ def test_the_environment_of_mlflow_is_for_a_shell_to_read(tmp_path: Path) -> Non
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and not done.stdout
         assert not bad or bad not in done.stderr, "the refusal shows the password"
+
+
+@pytest.mark.parametrize("name", [*LAUNCHER, "deploy/kuberay.yaml", "README.md"])
+def test_the_sweeps_that_are_started_take_the_flags_that_they_are_given(name: str) -> None:
+    text = (ROOT / name).read_text().replace("\\\n", " ")
+    commands = re.findall(r"python (?:/\S+/)?sweeps/k_grid\.py([^'`\n#|]*)", text)
+    assert commands or name in LAUNCHER
+    for words in commands:
+        flags.parse("", shlex.split(words.replace("X=Y", "lr=1")))
