@@ -14,13 +14,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
 from engines.errors import InputError
@@ -31,7 +29,7 @@ from sweeps.lineage import best_of
 from sweeps.measure import Bench, compile_best, measure, prepare
 from sweeps.placement import Cluster
 from sweeps.plan import Planned, Planner, refuse_hidden
-from sweeps.progress import Progress
+from sweeps.progress import Clock, Progress
 from sweeps.search import Search, far_end
 from sweeps.settings import Resolved, digest, resolve
 from sweeps.spec import Sweep
@@ -42,20 +40,6 @@ from trainables.domain import DOMAINS, make_domain
 
 FLUSH_S = 60.0
 NOTHING = 1
-
-
-@dataclass
-class Clock:
-    """Wall time by phase, from the start of the process."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=lambda: psutil.Process().create_time())
-
-    def mark(self, phase: str) -> None:
-        """The time since the last mark belongs to `phase`."""
-        now = time.time()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: a live table on a terminal, a line now and then elsewhere."""
+"""What a person sees while a sweep runs: a live table on a terminal, a line now and then elsewhere; where time went."""
 
 import math
 import time
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import psutil
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -172,3 +173,17 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+@dataclass
+class Clock:
+    """Wall time by phase, from the start of the process."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=lambda: psutil.Process().create_time())
+
+    def mark(self, phase: str) -> None:
+        """The time since the last mark belongs to `phase`."""
+        now = time.time()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now

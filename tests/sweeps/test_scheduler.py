@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray import tune
 
-from sweeps.cluster import connect
+from sweeps.cluster import Wanted, connect
 from sweeps.scheduler import Audit, StopLossScheduler
 from sweeps.stoploss import StopLossRule
 
@@ -50,7 +50,7 @@ class Replay(tune.Trainable):
 def cluster() -> Iterator[None]:
     # At Ray's niceness of 15 a busy machine starves the workers.
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_worker_niceness="0")
-    with connect(None):  # whatever an earlier test left of Ray's token in this process
+    with connect(Wanted(None)):  # whatever an earlier test left of Ray's token in this process
         yield
 
 

@@ -149,8 +149,8 @@ class Dust3r:
 
     def widths(self) -> Config:
         """The teacher's architecture narrowed by the settings' ratios, each alike in all layers of its group."""
-        asked = Dust3rPruneSettings.among(self._settings)
-        return narrow.narrowed(Config(**self.teacher().config), asked.channel_ratios)
+        ratios = Dust3rPruneSettings.among(self._settings).channel_ratios
+        return narrow.narrowed(Config(**self.teacher().config), ratios)
 
     def pruned_id(self) -> str:
         """Hash of the teacher's weights, the ratios, the pruning code and the calibration pairs."""
@@ -361,9 +361,7 @@ class Dust3r:
         return scene.pace(model, file, self.source.scene(), self.workload, "cpu" if policy else device)
 
     def sampled(self) -> dict[str, Any]:
-        """The sampled edges of the test scenes' pair graphs, and the scene whose reconstruction is timed; of recordings
-        also the frames behind every split.
-        """
+        """The sampled edges of the test scenes' pair graphs, the scene that is timed, and frames that were recorded."""
         return self.source.sampled()
 
     def deployed(self, model: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, ...]], list[str], list[str]]:
