@@ -17,6 +17,7 @@ from engines.explain import annotation, explain
 from engines.latency import environment
 from engines.operators import by_operator, profile
 from engines.tensorrt_build import build_engine, load_tensorrt
+from engines.tensorrt_manifest import AHEAD_OF_TIME
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,9 +77,10 @@ def _build(path: Path, engine: Path, workload: str) -> str:
     policy, chosen = found
     made = build_engine(load_tensorrt(), path, engine, workload, chosen, policy=policy)
     precision = made["precision"]
+    where = "ahead of time" if made["device"] == AHEAD_OF_TIME else f"for {made['device']}"
     return (
-        f"{engine}: {made['label']}, built by {made['tensorrt']} {made['version']} in {made['build_s']} s for "
-        f"{made['device']}, compute capability {' or '.join(made['capabilities'])}; {made['engine_MB']:.1f} MB; "
+        f"{engine}: {made['label']}, built by {made['tensorrt']} {made['version']} {where} in {made['build_s']} s for "
+        f"compute capability {' or '.join(made['capabilities'])}; {made['engine_MB']:.1f} MB; "
         f"{100 * precision['int8_share']:.0f} % of the products in INT8, "
         f"{len(precision['keep_list_violations'])} layers against the keep-list"
     )
