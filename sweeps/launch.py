@@ -358,7 +358,7 @@ def _hint(order: Order, ledger: Ledger) -> str:
     epochs = order.resolved.values.get("epochs", "few")
     return (
         f"No trial passes: the demo's {epochs} epochs show the machinery, not the quality. "
-        "Leave --profile demo out: profile small trains long enough to meet the gate; README.md shows what it reached."
+        "Leave --profile demo out: profile small trains longer; README.md shows what it reached."
     )
 
 
