@@ -25,7 +25,7 @@ from sweeps.plan import Planned
 from sweeps.progress import Progress
 from sweeps.settings import Resolved
 from sweeps.spec import Measures, Sweep
-from sweeps.training import one_line, rule_of
+from sweeps.training import failure, one_line, rule_of
 from trainables.gates import Gate, judge_all
 from trainables.record import Record, finite, now
 
@@ -168,7 +168,7 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
         "parent": "teacher" if trial.role == "trial" and bench.sweep.measure else None,
         **_params(trial),
         **measured,
-        "stop_reason": "failed" if state.error and not state.stop else state.stop[1] if state.stop else None,
+        "stop_reason": state.stop[1] if state.stop else failure(state.error) if state.error else None,
         "epochs": state.epoch if trial.role == "trial" else None,
         "gpu_hours": hours if bench.cluster.gpus else None,
         "notes": _notes(state, found),

@@ -245,6 +245,11 @@ def last_error(text: str) -> str:
     return (named or lines or ["unknown error"])[-1][:300]
 
 
+def failure(error: str) -> str:
+    """The stop reason of a trial with this error: out_of_memory (a card, a process, a node) or failed."""
+    return "out_of_memory" if "OutOfMemoryError" in error else "failed"
+
+
 def one_line(error: BaseException | str) -> str:
     """What went wrong without its traceback: the last line of what was raised, at most 300 characters."""
     cause = getattr(error, "cause", None)
