@@ -253,9 +253,13 @@ def head_killed(run: Run) -> None:
 
 def node_preempted(run: Run) -> None:
     """The second host has a notice of 20 s, and is gone then: its trial has left by that time."""
-    run.strike()
     run.drain(run.beta, seconds=20)
-    time.sleep(20)
+    gone = time.monotonic() + 20
+    wait("leaving", lambda: not list(zombies(run.beta)))
+    run.strike()
+    if time.monotonic() > gone:
+        raise RuntimeError("a trial was still on the host when it went")
+    time.sleep(gone - time.monotonic())
     run.beta.kill()
     run.finish()
 
