@@ -133,11 +133,13 @@ class Run:
             key: trial.epoch for key, trial in self.state.trials.items() if trial.results and not trial.stop
         }
 
-    def finish(self) -> int:
-        """Wait for the driver's end; its exit code."""
+    def finish(self, code: int | None = 0) -> None:
+        """Wait for the driver's end; RuntimeError for another exit code. None: any but 0."""
         if not self.driver:
             raise RuntimeError("no driver was started")
-        return self.driver.wait(WAIT_S)
+        found = self.driver.wait(WAIT_S)
+        if (found == 0) if code is None else (found != code):
+            raise RuntimeError(f"exit code {found}: {(self.folder / 'driver.log').read_text()[-2000:]}")
 
     def kill(self, process: subprocess.Popen[bytes] | None) -> None:
         """SIGKILL to what was started inside, with its children."""
@@ -243,7 +245,7 @@ def head_killed(run: Run) -> None:
     """
     run.strike()
     run.kill(run.alpha.ray)
-    run.finish()
+    run.finish(code=None)
     run.kill(run.beta.ray)
     run.alpha.start_ray(cpus=2)
     run.beta.start_ray(run.alpha, cpus=1)
@@ -311,7 +313,7 @@ def storage_full(run: Run) -> None:
         while True:
             file.write(bytes(1 << 16))
             file.flush()
-    run.finish()
+    run.finish(code=2)
     filler.unlink()
     run.strike()
     run.drive("--resume")
@@ -352,11 +354,11 @@ def suffer(fault: Callable[[Run], None], folder: Path) -> Outcome:
         alpha, beta = after.enter_context(two_hosts(folder))
         for host in (alpha, beta):
             host.mount(disk, folder / "storage")
-        if fault is clock_wrong:  # time that only passes is left alone, as a clock that is set wrong leaves it
-            beta.env |= {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "+1h", "DONT_FAKE_MONOTONIC": "1"}
+        if fault is clock_wrong:
+            beta.env |= {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "+1h"}
         if fault is out_of_memory:
-            for host in (alpha, beta):
-                host.limit_memory(3 << 30)
+            alpha.limit_memory(6 << 30)
+            beta.limit_memory(2 << 30)
         alpha.start_ray(cpus=2)
         beta.start_ray(alpha, cpus=1)
         run = Run(alpha, beta, folder)

@@ -67,7 +67,7 @@ class Toy(Trainable):
         hoard = []
         while fault == "memory" and self.epoch + 1 == at:
             hoard.append(b"1" * (20 << 20))
-            time.sleep(0.02)
+            time.sleep(0.1)
         if fault == "hang" and self.epoch + 1 == at and (self.params["always"] or not (self.folder / "hung").exists()):
             (self.folder / "hung").touch()
             time.sleep(10_000)
