@@ -1,7 +1,7 @@
 """ABL-2, calibration: how much depends on calibrating with 128, 256 or 512 samples; paired over their seeds.
 
 python sweeps/abl_calibration.py --profile demo   # minutes on a laptop
-python sweeps/abl_calibration.py --seeds 5        # more seeds, narrower intervals; the file and so its speed are the same
+python sweeps/abl_calibration.py --seeds 5        # more seeds, narrower intervals
 """
 
 from sweeps.launch import main
