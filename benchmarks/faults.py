@@ -13,6 +13,7 @@ reported a new epoch.
 import argparse
 import contextlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -41,7 +42,7 @@ class Outcome:
     fault: str
     lost: tuple[str, ...]
     duplicated: tuple[str, ...]
-    recover_s: float
+    recover_s: float | None
 
 
 @dataclass
@@ -79,24 +80,9 @@ class Run:
         """Start the MLflow server on the head."""
         place = self.alpha.folder / "mlflow"
         place.mkdir(exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(MLFLOW),
-            "--workers",
-            "1",
-        ]
-        command += [
-            "--backend-store-uri",
-            f"sqlite:///{place}/runs.db",
-            "--artifacts-destination",
-            str(place / "files"),
-        ]
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        command += ["--host", "127.0.0.1", "--port", str(MLFLOW), "--backend-store-uri", f"sqlite:///{place}/runs.db"]
+        command += ["--artifacts-destination", str(place / "files")]
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self.mlflow = self.alpha.start_process(command, place / "log", **quiet)
         look = f"import urllib.request as u; u.urlopen('http://127.0.0.1:{MLFLOW}/health', timeout=5)"
@@ -154,13 +140,17 @@ class Run:
         spot = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         host.call(RAY, "drain-node", *spot, "--deadline-remaining-seconds", str(seconds))
 
-    def recovered_s(self) -> float:
-        """Seconds from the strike until all that was running had a new epoch; infinite where one never had."""
+    def recovered_s(self) -> float | None:
+        """Seconds from the strike until all that was running had a new epoch; infinite where one never had, None where
+        nothing had to recover.
+        """
+        if not self.running:
+            return None
         first: dict[str, float] = {}
         for event in read_events(self.journal):
             if event["event"] == "result" and event["t"] > self.struck:
                 first.setdefault(event["trial_id"], event["t"])
-        return max((first.get(key, float("inf")) for key in self.running), default=self.struck) - self.struck
+        return max(first.get(key, float("inf")) for key in self.running) - self.struck
 
 
 def wait(what: str, done: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> None:
@@ -272,13 +262,11 @@ def clock_wrong(run: Run) -> None:
     if abs(ahead - 3600) > 60:
         raise RuntimeError(f"the clock of beta is {ahead:.0f} s ahead")
     run.finish()
-    run.struck, run.running = time.time(), {}
 
 
 def out_of_memory(run: Run) -> None:
     """One trial takes all memory of its host, every time it is started: recorded as such, the other goes on."""
     run.finish()
-    run.struck, run.running = time.time(), {}
 
 
 def driver_killed(run: Run) -> None:
@@ -300,10 +288,8 @@ def driver_and_mlflow_killed(run: Run) -> None:
 
 
 def mlflow_slow(run: Run) -> None:
-    """Every call takes two seconds more, from the start on; seconds until MLflow has all, after the sweep's own end."""
+    """Every call takes two seconds more, from the start on."""
     run.finish()
-    ends = [event["t"] for event in read_events(run.journal) if event["event"] == "record"]
-    run.struck, run.running = ends[-1], {}
 
 
 def storage_full(run: Run) -> None:
@@ -376,6 +362,7 @@ def suffer(fault: Callable[[Run], None], folder: Path) -> Outcome:
         run.drive()
         run.until_training(epochs=9 if run.trials == "steady" else 2)
         fault(run)
+        shutil.copy(folder / "driver.log", f"/tmp/t/driver_{fault.__name__}.log")
         return Outcome(fault.__name__, *account(run), run.recovered_s())
 
 
@@ -396,9 +383,8 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory(prefix="f") as folder:
                 found = suffer(fault, Path(folder))
-            print(
-                f"{found.fault:26} {len(found.lost):5} {len(found.duplicated):11} {found.recover_s:19.1f}", flush=True
-            )
+            seconds = "-" if found.recover_s is None else f"{found.recover_s:.1f}"
+            print(f"{found.fault:26} {len(found.lost):5} {len(found.duplicated):11} {seconds:>19}", flush=True)
             for line in (*found.lost, *found.duplicated):
                 print(f"    {line}")
 

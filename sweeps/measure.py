@@ -29,6 +29,7 @@ from sweeps.training import failure, one_line, rule_of
 from trainables.gates import Gate, judge_all
 from trainables.record import Record, finite, now
 
+STATE = "state.pt"  # what trainables/training.py goes on from
 OWN_FIELDS = {field.name for field in fields(Record)} - {"extra"}
 BASELINE = ("chamfer", "absrel", "rmse", "delta1", "params_M", "flops_G", "size_MB",
             "t_pair_p50_ms", "t_pair_p95_ms", "pairs_per_sec")  # fmt: skip
@@ -104,6 +105,9 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
     def write(trial: Planned) -> None:
         record = build_record(bench, trial, found[trial.trial_id])
         bench.ledger.append("record", trial_id=trial.trial_id, record=record.to_dict())
+        if bench.ledger.trial(trial.trial_id).stop and not _unmeasured(record.to_dict()):
+            # Of a trial that is over its best weights are enough; its state is several times as large.
+            (bench.ledger.state_dir(trial.trial_id) / STATE).unlink(missing_ok=True)
 
     for trial in todo:
         if trial not in able:

@@ -2,6 +2,7 @@
 journal.
 """
 
+import errno
 import re
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ from sweeps.spec import Sweep
 from sweeps.stoploss import StopLossRule
 
 RETRIES = 3  # without a new epoch in between
+SPARE = 1 << 20  # bytes: with less the storage counts as full
 LEFT = "exit_actor() is called"  # Ray's words for a trial that heard that its node goes (trainables/preemption.py)
 
 
@@ -139,6 +141,14 @@ def train(
                 verbose=0,
             ),
         ).fit()
+    except Exception as error:
+        # Ray stumbles over its own files, or over ours, in many ways; what a user can mend is said.
+        if broken:
+            raise broken[0] from error
+        if shutil.disk_usage(ledger.folder).free < SPARE:
+            text = "the storage is full: free some space, then go on with --resume"
+            raise OSError(errno.ENOSPC, text, str(ledger.folder)) from error
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     for trial in waiting:

@@ -164,7 +164,8 @@ class Training(Trainable):
     def _leave(self) -> NoReturn:
         self.spent = (time.perf_counter() - self.started, time.process_time() - self.cpu)
         self._save()
-        exit_actor()  # Ray knows the reason, and starts the trial on another node without counting a failure
+        # The driver reads from this end that it is no failure; the trial starts again on another node.
+        exit_actor()  # type: ignore[no-untyped-call]
         raise RuntimeError("an actor that has ended goes on")
 
     def exported(self) -> dict[str, Any]:

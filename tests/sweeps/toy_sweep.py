@@ -34,7 +34,7 @@ class Toy(Trainable):
         self.config_ = config
         self.folder = Path(config["state_dir"])
         self.params = config["params"]
-        state = self.folder / "state.json"
+        state = self.folder / "state.pt"
         self.epoch = json.loads(state.read_text())["epoch"] if state.exists() else 0
         self.again = self.epoch > 0
 
@@ -78,7 +78,7 @@ class Toy(Trainable):
         (self.folder / "best.pth").write_text(f"weights after epoch {self.epoch}")
         temporary = self.folder / "state.tmp"
         temporary.write_text(json.dumps({"epoch": self.epoch}))
-        temporary.replace(self.folder / "state.json")
+        temporary.replace(self.folder / "state.pt")
         return self.report()
 
     def report(self) -> dict[str, Any]:
