@@ -20,6 +20,7 @@ from sweeps.cluster import nodes
 from sweeps.hours import trained
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
+from sweeps.memory import told
 from sweeps.placement import Cluster
 from sweeps.plan import Planned
 from sweeps.progress import Progress
@@ -302,6 +303,8 @@ def _wait(refs: Sequence[Any]) -> list[Any]:
 def _raise(result: Any) -> None:
     if isinstance(result, InputError):
         raise InputError(str(result))
+    if isinstance(result, ray.exceptions.OutOfMemoryError):
+        raise InputError(f"{told(str(result))} while it prepared what all trials share; a larger host can")
     if isinstance(result, Exception):
         raise result
 

@@ -19,6 +19,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
+from sweeps import memory
 from sweeps.audit import is_chosen
 from sweeps.flags import Flags
 from sweeps.ledger import Ledger
@@ -120,6 +121,7 @@ def train(
     resources = tune.PlacementGroupFactory([bundle], bundle_label_selector=[dict(cluster.labels)])
     for left in ledger.folder.glob(".ray-*"):  # of a driver that was killed
         shutil.rmtree(left, ignore_errors=True)
+    memory.contain()
     scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)
     try:
         tune.Tuner(
