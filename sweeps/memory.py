@@ -41,4 +41,4 @@ def contain() -> None:
             exception = WorkerOutOfMemoryError(told(str(exception)))
         _tune_failed(self, tracked_actor_task, exception)
 
-    RayActorManager._actor_task_failed = failed
+    RayActorManager._actor_task_failed = failed  # type: ignore[method-assign]
