@@ -13,7 +13,14 @@ import faults
 pytestmark = pytest.mark.cluster
 
 
-@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.__name__)
+OFTEN = (faults.worker_killed, faults.driver_killed, faults.node_preempted)  # the others are slow: a minute or two each
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=[] if fault in OFTEN else [pytest.mark.slow]) for fault in faults.FAULTS],
+    ids=lambda fault: fault.__name__,
+)
 def test_nothing_is_lost(fault: Callable[[faults.Run], None], tmp_path: Path) -> None:
     if why := faults.cannot(fault):
         pytest.skip(why)
