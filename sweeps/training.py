@@ -105,6 +105,7 @@ def train(
             "settings": dict(values),
             "budget": rule.budget,
             "seed": trial.seed,
+            "workers": cluster.workers,
         }
         for trial in waiting
     ]
@@ -114,7 +115,9 @@ def train(
     crowded = cluster.shared_cores and cluster.slots < len(waiting) < 2 * cluster.slots
     cpus = cluster.slots / len(waiting) if crowded else cluster.cpus
     bundle = {"CPU": cpus, "GPU": cluster.gpus} if cluster.gpus else {"CPU": cpus}
-    resources = tune.PlacementGroupFactory([bundle], bundle_label_selector=[dict(cluster.labels)])
+    resources = tune.PlacementGroupFactory(
+        [bundle] * cluster.workers, bundle_label_selector=[dict(cluster.labels)] * cluster.workers
+    )
     for left in ledger.folder.glob(".ray-*"):  # of a driver that was killed
         shutil.rmtree(left, ignore_errors=True)
     scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)

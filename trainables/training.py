@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from trainables import checkpoint, fast_linear, recompute
 from trainables.domain import Domain
+from trainables.gang import Gang
 from trainables.optimizer import Optimizer
 
 Batch = dict[str, Tensor]
@@ -38,7 +39,8 @@ def learning_rate(progress: float, peak: float, end: float, warmup: float) -> fl
 class Training(Trainable):
     """One epoch per step. Subclasses give the model, the batches, the loss and the validation.
 
-    config: trial_id, state_dir, domain, params, settings, seed (all plain data; see sweeps/launch.py).
+    config: trial_id, state_dir, domain, params, settings, seed (all plain data; see sweeps/training.py); workers, where
+    several train the trial together (see gang.py).
     """
 
     domain: Domain
@@ -50,7 +52,10 @@ class Training(Trainable):
         raise NotImplementedError
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches of epoch 1, 2, ...; a function of the epoch alone, so that a resumed epoch sees the same."""
+        """The batches of epoch 1, 2, ...; a function of the epoch alone, so that a resumed epoch sees the same.
+
+        Of a gang, this worker's share of each (see :meth:`trainables.gang.Gang.share`).
+        """
         raise NotImplementedError
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -70,7 +75,9 @@ class Training(Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Build everything from `config`, then go on from the state directory if it holds a state."""
         self.config = config
-        self._before = vars(self).get("_before") or {*vars(self), "_before"}  # Ray's own, which outlive a trial
+        self.gang: Gang = vars(self).get("gang") or Gang(config.get("workers", 1), config.get("rank", 0))
+        self._before = vars(self).get("_before") or {*vars(self), "_before"}  # what outlives a trial
+        self.gang.assemble(type(self), config)
         self.settings: dict[str, Any] = config["settings"]
         self.folder = Path(config["state_dir"])
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +95,7 @@ class Training(Trainable):
         state = self.folder / "state.pt"
         if state.exists():
             self._restore(checkpoint.load(state, "state"))
+        self.gang.connect(self.device, self.epoch)
 
     def ready(self) -> None:
         """Make self.trained trainable: on its device, fast, with a fresh optimiser."""
@@ -116,6 +124,10 @@ class Training(Trainable):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # other trials share the card
 
+    def cleanup(self) -> None:
+        """Ray's word that this process has trained its last trial."""
+        self.gang.disband()
+
     def step(self) -> dict[str, Any]:
         """Train one epoch, validate, save.
 
@@ -125,10 +137,9 @@ class Training(Trainable):
             metrics, self.unheard = self.unheard, None
             return {"epoch": self.epoch, **metrics}
         started, cpu = time.perf_counter(), time.process_time()
-        metrics = self._train()
-        self.epoch += 1
+        with self.gang.epoch() as others:
+            metrics = self.train_epoch()
         trained = time.perf_counter()
-        self.model.eval()
         metrics |= self.validate()
         quality = metrics["val_quality"]
         better = math.isnan(self.best) or (quality < self.best if self.lower_is_better else quality > self.best)
@@ -141,7 +152,9 @@ class Training(Trainable):
             "seconds_train": trained - started,
             "seconds_val": time.perf_counter() - trained,
         }
-        metrics["cpu_s"] = time.process_time() - cpu
+        metrics["cpu_s"] = time.process_time() - cpu + sum(others)
+        if self.gang.size > 1:
+            metrics["workers"] = float(self.gang.size)
         checkpoint.save(self.folder / "state.pt", {**self._state(), "metrics": metrics})
         return {"epoch": self.epoch, **metrics}
 
@@ -149,7 +162,15 @@ class Training(Trainable):
         """What best.pth holds: the plain model, how to build it, and where it comes from."""
         raise NotImplementedError
 
+    def train_epoch(self) -> dict[str, float]:
+        """The training of one epoch, which every worker of a gang does; its means over the batches."""
+        metrics = self._train()
+        self.epoch += 1
+        self.model.eval()
+        return metrics
+
     def _train(self) -> dict[str, float]:
+        self.gang.align(self.trained)
         self.model.train()
         total, waited = self.settings["epochs"] * self.steps_per_epoch, 0.0
         sums: dict[str, float] = {}
@@ -160,24 +181,28 @@ class Training(Trainable):
             for name, value in self.train_step(batch, step, total).items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
             step, mark = step + 1, time.perf_counter()
+        sums = self.gang.sum(sums)
         means = {f"train_{name}": value / self.steps_per_epoch for name, value in sums.items()}
         return {**means, "lr": self.optimizer.rate, "seconds_data": waited}
 
     def train_step(self, batch: Batch, step: int, total: int) -> dict[str, Tensor]:
         """One optimiser step, number `step` of `total`; the loss and its parts, on the graph's device.
 
-        With `accumulate` the batch goes through in so many equal pieces, whose gradients are averaged.
+        With `accumulate` the batch goes through in so many equal pieces, whose gradients are averaged. Of a gang, batch
+        is this worker's share, and the gradients are averaged over all; the loss is this worker's part of the mean.
         """
         rate, pieces = self.rate(step, total), self.settings["accumulate"]
-        size = self.settings["batch_size"] // pieces
+        rows = len(next(iter(batch.values()))) // pieces
+        parts_of_mean = pieces * self.gang.size
         means: dict[str, Tensor] = {}
-        for start in range(0, size * pieces, size):
-            piece = {name: value[start : start + size] for name, value in batch.items()} if pieces > 1 else batch
+        for start in range(0, rows * pieces, rows):
+            piece = {name: value[start : start + rows] for name, value in batch.items()} if pieces > 1 else batch
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
                 loss, parts = self.loss(piece, step / total)
-            torch.autograd.backward(loss / pieces)
+            torch.autograd.backward(loss / parts_of_mean)
             for name, value in {"loss": loss, **parts}.items():
-                means[name] = means.get(name, 0) + value.detach() / pieces
+                means[name] = means.get(name, 0) + value.detach() / parts_of_mean
+        self.gang.sum_gradients(self.trained.parameters())
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step(rate)
         return means
