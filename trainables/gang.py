@@ -159,7 +159,7 @@ class Gang:
         except ConnectionError as lost:
             ray.wait(running, num_returns=len(running), timeout=BLAME_S)
             raise self._blamed(running) or lost from lost
-        seconds += ray.get(running)
+        seconds += ray.get(running) if running else []  # without a gang there may be no Ray to ask
 
     def _blamed(self, running: list[Any]) -> RuntimeError | None:
         for rank, ref in enumerate(running, 1):

@@ -24,6 +24,15 @@ from trainables.pretrain import Pretrain
 from trainables.prune import Prune
 from trainables.quantize import Quantize
 
+CHANGING = {
+    Prune: {"epochs": 4, "steps": 2, "rho": 0.3},
+    Quantize: {
+        **{"model": "teacher", "bits_w": 8, "bits_a": 8, "keep": ["layernorm", "softmax", "attention"]},
+        **{"mode": "static", "calibration": 8, "method": "minmax", "smooth": 0.0, "reduce_range": False},
+        **{"skip_slower": False, "epochs": 4, "qat_share": 0.5, "frozen_share": 0.2},
+    },
+}
+
 
 class Faulty(Distill):
     """params: sick = the rank whose second epoch raises. A collective waits for three seconds."""
@@ -175,13 +184,12 @@ def test_a_follower_that_cannot_be_built_or_sees_an_older_state_says_so(gang, ti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Prune, Quantize])
+@pytest.mark.parametrize("kind", CHANGING)
 def test_models_that_change_while_they_train(gang, tiny, kind):
     """Pruning in two steps, and fake quantization from the middle on, restored in between."""
-    changes = {"epochs": 4, "steps": 2, "rho": 0.3} if kind is Prune else {"epochs": 4, "calibration": 8}
-    config, pieces = tiny.config("two", **changes), tiny.config("pieces", accumulate=2, **changes)
+    config, pieces = tiny.config("two", **CHANGING[kind]), tiny.config("pieces", accumulate=2, **CHANGING[kind])
     for one in (config, pieces):
-        one["budget"] = -1.0
+        one["budget"] = -1.0  # rounding alone never does
     first = gang.lead(kind, config)
     steps(first, 3)
     ray.get(first.stop.remote())

@@ -1,0 +1,87 @@
+"""--workers-per-trial: a real sweep whose trial is trained by two workers, one of which is killed."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sweeps.aq_pretrain import AQ
+from sweeps.journal import SweepState
+from sweeps.launch import run, take_order
+from trainables import checkpoint
+from trainables.pretrain import Pretrain
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["--profile", "demo", "--set", "samples_per_epoch=8192", "--set", "val_shots=1000", "--workers-per-trial", "2"]
+
+
+def following(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if "ray::Follower.train" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_sweep_trains_with_two_workers_and_outlives_one(tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    script = [sys.executable, str(ROOT / "sweeps/aq_pretrain.py"), "--storage", str(storage), *FLAGS]
+    driver = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    journal, killed = storage / "aq_pretrain_demo_seed42" / "journal.jsonl", []
+    end = time.monotonic() + 200
+    while not killed:  # in its second epoch
+        assert time.monotonic() < end and driver.poll() is None, driver.communicate(timeout=60)
+        if journal.is_file() and '"result"' in journal.read_text():
+            killed = following(driver)
+            for process in killed:
+                process.kill()
+        time.sleep(0.05)
+    out, err = driver.communicate(timeout=300)
+    assert driver.returncode == 0, err
+    assert "Traceback" not in out + err
+
+    state = SweepState.replay(journal)
+    (trial,) = state.trials.values()
+    assert [epoch for epoch, _ in trial.results] == [1, 2, 3]
+    assert trial.record and trial.record["stop_reason"] == "completed"
+    reports = [metrics for _, metrics in trial.results]
+    assert {report["workers"] for report in reports} == {2}
+    assert trial.record["cpu_hours"] == pytest.approx(sum(report["cpu_s"] for report in reports) / 3600)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(storage) in " ".join(p.info["cmdline"] or [])]
+
+    values = take_order(AQ, ["--storage", str(storage), *FLAGS], "").resolved.values
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path / "one"
+    config = {"trial_id": "one", "domain": "alphaqubit", "params": {}, "seed": 42, "state_dir": str(folder)}
+    alone = Pretrain({**config, "settings": {**values, "accumulate": 2}})
+    expected = [alone.step() for _ in range(3)]
+    torch.set_num_threads(before)
+    assert [report["val_quality"] for report in reports] == [report["val_quality"] for report in expected]
+    files = (journal.parent / "files/teacher_decoder.pth", folder / "best.pth")
+    own, other = (checkpoint.load(file)["model"] for file in files)
+    assert own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own)
+
+
+@pytest.mark.parametrize("mode", [["--dry-run"], []])
+def test_batches_that_do_not_cut_are_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, mode: list[str]
+) -> None:
+    assert run(AQ, ["--profile", "demo", "--storage", str(tmp_path / "runs"), "--workers-per-trial", "3", *mode]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --workers-per-trial 3: batch_size=256 with accumulate=1") and said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_workers_than_there_is_room_for_are_refused_at_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(AQ, ["--profile", "demo", "--storage", str(tmp_path / "runs"), "--workers-per-trial", "128"]) == 2
+    assert "--workers-per-trial 128: the cluster has room for" in capsys.readouterr().err
