@@ -1,5 +1,6 @@
 """--workers-per-trial: a real sweep whose trial is trained by two workers, one of which is killed."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from sweeps.aq_pretrain import AQ
-from sweeps.journal import SweepState
+from sweeps.hours import trained
+from sweeps.journal import SweepState, TrialState
 from sweeps.launch import run, take_order
 from trainables import checkpoint
 from trainables.pretrain import Pretrain
@@ -19,15 +21,17 @@ ROOT = Path(__file__).parents[2]
 FLAGS = ["--profile", "demo", "--set", "samples_per_epoch=8192", "--set", "val_shots=1000", "--workers-per-trial", "2"]
 
 
-def following(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+def at_work(driver: subprocess.Popen[str], name: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
-        try:
-            if "ray::Follower.train" in " ".join(process.cmdline()):
+        with contextlib.suppress(psutil.Error):
+            if name in " ".join(process.cmdline()):
                 found.append(process)
-        except psutil.Error:
-            continue
     return found
+
+
+def listening(process: psutil.Process) -> set[str]:
+    return {one.laddr.ip for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN}
 
 
 def test_a_sweep_trains_with_two_workers_and_outlives_one(tmp_path: Path) -> None:
@@ -39,7 +43,9 @@ def test_a_sweep_trains_with_two_workers_and_outlives_one(tmp_path: Path) -> Non
     while not killed:  # in its second epoch
         assert time.monotonic() < end and driver.poll() is None, driver.communicate(timeout=60)
         if journal.is_file() and '"result"' in journal.read_text():
-            killed = following(driver)
+            killed = at_work(driver, "ray::Follower.train")
+            for process in [*killed, *at_work(driver, "ray::Pretrain")]:
+                assert listening(process) == {"127.0.0.1"}, "these ports ask for no token"
             for process in killed:
                 process.kill()
         time.sleep(0.05)
@@ -68,6 +74,13 @@ def test_a_sweep_trains_with_two_workers_and_outlives_one(tmp_path: Path) -> Non
     files = (journal.parent / "files/teacher_decoder.pth", folder / "best.pth")
     own, other = (checkpoint.load(file)["model"] for file in files)
     assert own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own)
+
+
+def test_hours_are_those_of_all_workers() -> None:
+    epochs = [{"epoch_s": 1800.0, "cpu_s": 3000.0, "workers": 4.0}, {"epoch_s": 3600.0, "cpu_s": 3600.0}]
+    trial = TrialState("a", "A", "T-1", "trial", {}, None, results=list(enumerate(epochs, 1)))
+    assert trained(trial, on_gpu=True) == 3.0, "the second epoch was resumed with one worker"
+    assert trained(trial, on_gpu=False) == pytest.approx(6600 / 3600), "what is reported is the sum already"
 
 
 @pytest.mark.parametrize("mode", [["--dry-run"], []])

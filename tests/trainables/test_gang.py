@@ -99,15 +99,14 @@ def test_two_workers_are_one_with_the_same_batch(gang, tiny):
     assert values(found, "train_loss") == pytest.approx(values(expected, "train_loss"), rel=1e-5)
     assert 0 < distance(config("next"), four) < 1e-4, "(a + b) + (c + d) is not ((a + b) + c) + d"
 
-    # Back to the first, which goes on where it stood; then a process of its own for a trial that was interrupted.
+    # And one that a single worker began.
+    first = alone(Distill, config("cut", changes, accumulate=2), 1)
     ray.get(leader.reset_config.remote({**config("cut", changes), "workers": 2}))
-    first = steps(leader, 1)
+    assert steps(leader, 1) == first, "a restored trial repeats its last report, and nobody trains"
+    steps(leader, 2)
+    assert tiny.same(state(config("cut")), state(config("two")))
     ray.get(leader.stop.remote())
     gang.wait(lambda: not gang.followers())
-    again = gang.lead(Distill, config("cut", changes))
-    assert steps(again, 1) == first, "a restored trial repeats its last report, and nobody trains"
-    steps(again, 2)
-    assert tiny.same(state(config("cut")), state(config("two")))
 
 
 def test_pretraining_draws_each_workers_own_scenes(gang, tiny):
