@@ -158,7 +158,9 @@ class Gang:
             yield seconds
         except ConnectionError as lost:
             ray.wait(running, num_returns=len(running), timeout=BLAME_S)
-            raise self._blamed(running) or lost from lost
+            if blamed := self._blamed(running):
+                raise blamed from lost
+            raise
         seconds += ray.get(running) if running else []  # without a gang there may be no Ray to ask
 
     def _blamed(self, running: list[Any]) -> RuntimeError | None:
