@@ -125,7 +125,7 @@ def _placed(wanted: Wanted) -> Cluster:
 
     gpus = asked.gpus if asked.gpus is not None else float(wanted.needs_gpu or asked.gpu_memory is not None)
     bundle = {"CPU": asked.cpus or 1.0} | ({"GPU": gpus} if gpus else {})
-    one = placement_group([bundle], bundle_label_selector=[asked.labels])
+    one = placement_group([bundle] * asked.workers, bundle_label_selector=[asked.labels] * asked.workers)
     try:
         ray.wait([one.ready()], timeout=60 * asked.wait_min)
         return place(asked, nodes(), wanted.share, wanted.needs_gpu)

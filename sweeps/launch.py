@@ -37,6 +37,7 @@ from sweeps.tracking import Tracker, check_reachable, default_uri
 from sweeps.training import rule_of, train
 from trainables.config import WORDS
 from trainables.domain import DOMAINS, make_domain
+from trainables.gang import refuse_uneven
 
 FLUSH_S = 60.0
 NOTHING = 1
@@ -127,6 +128,7 @@ def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
     kinds = _kinds(sweep, given)
     for trial in sweep.trials:  # what its values alone rule out, before anything looks at a model
         Planner(sweep, resolved, given.seed).plan(trial, seed=given.seed)
+        refuse_uneven({**resolved.values, **trial.params}, given.placement.workers)
     if sweep.measure:
         job = {"domain": sweep.domain, "settings": dict(resolved.values), "seed": given.seed, "trials": kinds}
         resolved = resolved.identified(*sweep.measure.identify(job))

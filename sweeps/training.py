@@ -109,6 +109,7 @@ def train(
             "settings": dict(values),
             "budget": rule.budget,
             "seed": trial.seed,
+            "workers": cluster.workers,
         }
         for trial in waiting
     ]
@@ -118,7 +119,9 @@ def train(
     crowded = cluster.shared_cores and cluster.slots < len(waiting) < 2 * cluster.slots
     cpus = cluster.slots / len(waiting) if crowded else cluster.cpus
     bundle = {"CPU": cpus, "GPU": cluster.gpus} if cluster.gpus else {"CPU": cpus}
-    resources = tune.PlacementGroupFactory([bundle], bundle_label_selector=[dict(cluster.labels)])
+    resources = tune.PlacementGroupFactory(
+        [bundle] * cluster.workers, bundle_label_selector=[dict(cluster.labels)] * cluster.workers
+    )
     for left in ledger.folder.glob(".ray-*"):  # of a driver that was killed
         shutil.rmtree(left, ignore_errors=True)
     memory.contain()
@@ -268,7 +271,7 @@ def last_error(text: str) -> str:
 
 def failure(error: str) -> str:
     """The stop reason of a trial with this error: out_of_memory (a card, a process, a node) or failed."""
-    return "out_of_memory" if "OutOfMemoryError" in error else "failed"
+    return "out_of_memory" if re.search("OutOfMemoryError|out of memory", error) else "failed"
 
 
 def one_line(error: BaseException | str) -> str:

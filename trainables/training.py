@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from trainables import checkpoint, fast_linear, memory, preemption, recompute
 from trainables.domain import Domain
+from trainables.gang import Gang
 from trainables.optimizer import Optimizer
 
 Batch = dict[str, Tensor]
@@ -41,7 +42,8 @@ def learning_rate(progress: float, peak: float, end: float, warmup: float) -> fl
 class Training(Trainable):
     """One epoch per step. Subclasses give the model, the batches, the loss and the validation.
 
-    config: trial_id, state_dir, domain, params, settings, seed (all plain data; see sweeps/launch.py).
+    config: trial_id, state_dir, domain, params, settings, seed (all plain data; see sweeps/training.py); workers, where
+    several train the trial together (see gang.py).
     """
 
     domain: Domain
@@ -53,7 +55,10 @@ class Training(Trainable):
         raise NotImplementedError
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches of epoch 1, 2, ...; a function of the epoch alone, so that a resumed epoch sees the same."""
+        """The batches of epoch 1, 2, ...; a function of the epoch alone, so that a resumed epoch sees the same.
+
+        Of a gang, this worker's share of each (see :meth:`trainables.gang.Gang.share`).
+        """
         raise NotImplementedError
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,7 +78,9 @@ class Training(Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Build everything from `config`, then go on from the state directory if it holds a state."""
         self.config = config
-        self._before = vars(self).get("_before") or {*vars(self), "_before"}  # Ray's own, which outlive a trial
+        self.gang: Gang = vars(self).get("gang") or Gang(config.get("workers", 1), config.get("rank", 0))
+        self._before = vars(self).get("_before") or {*vars(self), "_before"}  # what outlives a trial
+        self.gang.assemble(type(self), config)
         self.settings: dict[str, Any] = config["settings"]
         self.folder = Path(config["state_dir"])
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +100,7 @@ class Training(Trainable):
         state = self.folder / "state.pt"
         if state.exists():
             self._restore(checkpoint.load(state, "state"))
+        self.gang.connect(self.device, self.epoch, self.taken)
 
     def ready(self) -> None:
         """Make self.trained trainable: on its device, fast, with a fresh optimiser."""
@@ -121,6 +129,10 @@ class Training(Trainable):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # other trials share the card
 
+    def cleanup(self) -> None:
+        """Ray's word that this process has trained its last trial."""
+        self.gang.disband()
+
     def step(self) -> dict[str, Any]:
         """Train one epoch, validate, save.
 
@@ -134,11 +146,9 @@ class Training(Trainable):
 
     def _step(self) -> dict[str, Any]:
         self.started, self.cpu = time.perf_counter() - self.spent[0], time.process_time() - self.spent[1]
-        metrics = self._train()
-        self.epoch += 1
-        self._begin_epoch()
+        with self.gang.epoch() as others:
+            metrics = self.train_epoch()
         trained = time.perf_counter()
-        self.model.eval()
         metrics |= self.validate()
         quality = metrics["val_quality"]
         better = math.isnan(self.best) or (quality < self.best if self.lower_is_better else quality > self.best)
@@ -152,7 +162,9 @@ class Training(Trainable):
             "seconds_val": time.perf_counter() - trained,
         }
         metrics["epoch_s"] = time.perf_counter() - self.started
-        metrics["cpu_s"] = time.process_time() - self.cpu
+        metrics["cpu_s"] = time.process_time() - self.cpu + sum(others)
+        if self.gang.size > 1:
+            metrics["workers"] = float(self.gang.size)
         self.last = metrics
         self._save()
         return {"epoch": self.epoch, **metrics}
@@ -175,9 +187,18 @@ class Training(Trainable):
     def start_epoch(self) -> None:
         """What an epoch changes in the model before its first step."""
 
+    def train_epoch(self) -> dict[str, float]:
+        """The training of one epoch, which every worker of a gang does; its means over the batches."""
+        metrics = self._train()
+        self.epoch += 1
+        self._begin_epoch()
+        self.model.eval()
+        return metrics
+
     def _train(self) -> dict[str, float]:
         if not self.taken:
             self.start_epoch()
+        self.gang.align(self.trained)
         self.model.train()
         total, waited = self.settings["epochs"] * self.steps_per_epoch, 0.0
         first, mark = self.epoch * self.steps_per_epoch, time.perf_counter()
@@ -187,27 +208,32 @@ class Training(Trainable):
             for name, value in self.train_step(batch, first + self.taken, total).items():
                 self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
             self.taken += 1
-            if preemption.noticed():
+            if self.gang.rank == 0 and preemption.noticed(self.gang.nodes):
                 self._leave()
             mark = time.perf_counter()
-        means = {f"train_{name}": value / self.steps_per_epoch for name, value in self.sums.items()}
+        # After a notice the followers took over the leader's sums for their own, which they equal but for the shots.
+        sums = self.gang.sum(self.sums)
+        means = {f"train_{name}": value / self.steps_per_epoch for name, value in sums.items()}
         return {**means, "lr": self.optimizer.rate, "seconds_data": waited}
 
     def train_step(self, batch: Batch, step: int, total: int) -> dict[str, Tensor]:
         """One optimiser step, number `step` of `total`; the loss and its parts, on the graph's device.
 
-        With `accumulate` the batch goes through in so many equal pieces, whose gradients are averaged.
+        With `accumulate` the batch goes through in so many equal pieces, whose gradients are averaged. Of a gang, batch
+        is this worker's share, and the gradients are averaged over all; the loss is this worker's part of the mean.
         """
         rate, pieces = self.rate(step, total), self.settings["accumulate"]
-        size = self.settings["batch_size"] // pieces
+        rows = len(next(iter(batch.values()))) // pieces
+        parts_of_mean = pieces * self.gang.size
         means: dict[str, Tensor] = {}
-        for start in range(0, size * pieces, size):
-            piece = {name: value[start : start + size] for name, value in batch.items()} if pieces > 1 else batch
+        for start in range(0, rows * pieces, rows):
+            piece = {name: value[start : start + rows] for name, value in batch.items()} if pieces > 1 else batch
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["precision"] == "bfloat16"):
                 loss, parts = self.loss(piece, step / total)
-            torch.autograd.backward(loss / pieces)
+            torch.autograd.backward(loss / parts_of_mean)
             for name, value in {"loss": loss, **parts}.items():
-                means[name] = means.get(name, 0) + value.detach() / pieces
+                means[name] = means.get(name, 0) + value.detach() / parts_of_mean
+        self.gang.sum_gradients(self.trained.parameters())
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step(rate)
         return means
