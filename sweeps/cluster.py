@@ -84,7 +84,8 @@ def connect(wanted: Wanted) -> Iterator[Cluster]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         options |= {"address": "local", "num_cpus": cores(), "include_dashboard": False}
-        options |= {"_node_ip_address": "127.0.0.1"}
+        # Nobody scrapes a laptop: one process less that counts, and one port less.
+        options |= {"_node_ip_address": "127.0.0.1", "_system_config": {"enable_metrics_collection": False}}
     else:
         root = Path(__file__).resolve().parent.parent
         options |= {

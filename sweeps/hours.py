@@ -62,11 +62,15 @@ class Account:
         return said
 
 
+def of_epoch(metrics: Mapping[str, float], on_gpu: bool) -> float:
+    """Hours that one epoch took: by the clock on an accelerator, else of the CPU; 0 where it does not say."""
+    seconds = metrics.get("epoch_s" if on_gpu else "cpu_s", metrics.get("epoch_s", math.nan))
+    return seconds / 3600 if math.isfinite(seconds) else 0.0
+
+
 def trained(trial: TrialState, on_gpu: bool) -> float:
-    """Hours that the trial's epochs took: by the clock on an accelerator, else of the CPU."""
-    busy = "epoch_s" if on_gpu else "cpu_s"
-    seconds = [metrics.get(busy, metrics.get("epoch_s", math.nan)) for _, metrics in trial.results]
-    return sum(second for second in seconds if math.isfinite(second)) / 3600
+    """Hours that the trial's epochs took."""
+    return sum(of_epoch(metrics, on_gpu) for _, metrics in trial.results)
 
 
 def on_gpu(state: SweepState) -> bool:

@@ -104,6 +104,7 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
     def write(trial: Planned) -> None:
         record = build_record(bench, trial, found[trial.trial_id])
         bench.ledger.append("record", trial_id=trial.trial_id, record=record.to_dict())
+        progress.measured(bench.ledger.trial(trial.trial_id))
 
     for trial in todo:
         if trial not in able:

@@ -1,4 +1,6 @@
-"""What a person sees while a sweep runs: a live table on a terminal, a line now and then elsewhere; where time went."""
+"""What a person sees while a sweep runs: a live table on a terminal, a line now and then elsewhere; where time went.
+What Prometheus sees is told from here, too.
+"""
 
 import math
 import time
@@ -14,16 +16,18 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeps.journal import TrialState
+from sweeps.metrics import Metrics
 
 PLAIN_EVERY_S = 10.0
 
 
 @dataclass
 class Progress:
-    """Counts epochs and measurements, and estimates the time left from the pace so far."""
+    """Counts epochs and measurements, and estimates the time left from the pace so far. metrics: None exports none."""
 
     console: Console
     epochs: int
+    metrics: Metrics | None = None
     trials: dict[str, TrialState] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
     phase_s: dict[str, float] = field(default_factory=dict)
@@ -68,27 +72,42 @@ class Progress:
     def watch(self, trials: dict[str, TrialState]) -> None:
         """The trials to count; the dict is the sweep's own and grows with it."""
         self.trials = trials
+        if self.metrics:
+            self.metrics.watch(trials.values())
 
     def started(self, trial: TrialState) -> None:
         """A trial runs."""
         self.running.add(trial.trial_id)
         self._width = max(self._width, len(self.running))
+        if self.metrics:
+            self.metrics.started(trial)
         self._say()
 
     def result(self, trial: TrialState) -> None:
         """An epoch ended."""
+        if self.metrics:
+            self.metrics.result(trial)
         self._say()
+
+    def decided(self, seconds: float) -> None:
+        """Whether a trial goes on was decided, so long after its report."""
+        if self.metrics:
+            self.metrics.decided(seconds)
 
     def stopped(self, trial: TrialState) -> None:
         """A trial's training is over."""
-        self.running.discard(trial.trial_id)
+        self._ended(trial)
         epoch, reason, detail = trial.stop or (0, "", "")
         self._line(f"{trial.exp_id}: {reason} after epoch {epoch}. {detail}")
 
     def failed(self, trial: TrialState) -> None:
         """A trial was given up."""
-        self.running.discard(trial.trial_id)
+        self._ended(trial)
         self._line(f"{trial.exp_id}: failed. {trial.error}")
+
+    def measured(self, trial: TrialState) -> None:
+        """A trial has its record."""
+        self._ended(trial)
 
     def item(self, name: str, done: int, total: int | None = None) -> None:
         """`done` of the phase's items (of `total`, where the phase did not know it before) are ready; `name` is at
@@ -114,6 +133,11 @@ class Progress:
         if not took or not left:
             return None
         return sum(took) / len(took) * max(sum(left) / max(1, self._width), *left)
+
+    def _ended(self, trial: TrialState) -> None:
+        self.running.discard(trial.trial_id)
+        if self.metrics:
+            self.metrics.ended(trial)
 
     def _mine(self) -> list[TrialState]:
         return [trial for trial in list(self.trials.values()) if trial.role == "trial"]

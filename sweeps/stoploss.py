@@ -72,7 +72,8 @@ def decide(history: History, peers: Sequence[History], rule: StopLossRule) -> De
     Args:
         history: the trial's drops so far, latest last; None, NaN and infinite mean that an evaluation
             diverged.
-        peers: the other trials' histories, of any length, finished, stopped or running.
+        peers: the other trials' histories, of any length, finished, stopped or running; only looked at where
+            `is_rung` holds.
         rule: budget and patience.
     """
     evals = len(history)
@@ -111,14 +112,18 @@ def decide(history: History, peers: Sequence[History], rule: StopLossRule) -> De
     return Decision(False, None, f"{told}: chance {_percent(chance)}")
 
 
-def _behind(best: float, evals: int, peers: Sequence[History], rule: StopLossRule) -> str | None:
-    """Say how far outside of its rung's top 1/eta a trial is; None inside of it and where no rung judges."""
+def is_rung(evals: int, rule: StopLossRule) -> bool:
+    """Whether a trial is compared with its peers after so many evaluations."""
     rung = rule.grace
     while rung < evals:
         rung *= rule.eta
-    if rung != evals:
-        return None
-    if sum(len(peer) >= rung for peer in peers) < rule.min_peers:
+    return rung == evals
+
+
+def _behind(best: float, evals: int, peers: Sequence[History], rule: StopLossRule) -> str | None:
+    """Say how far outside of its rung's top 1/eta a trial is; None inside of it and where no rung judges."""
+    rung = evals
+    if not is_rung(rung, rule) or sum(len(peer) >= rung for peer in peers) < rule.min_peers:
         return None
     # A diverged peer is the worst of any rung, even of one that it did not live to see.
     reached = [math.inf if _diverged(peer) else best_drop(peer[:rung])

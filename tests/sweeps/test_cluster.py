@@ -2,11 +2,14 @@
 
 import ipaddress
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +18,11 @@ import pytest
 
 from engines.errors import InputError
 from sweeps import cluster
+from sweeps.hours import trained
 from sweeps.journal import SweepState
 
 TOY = Path(__file__).with_name("toy_sweep.py")
+NAME = "toy_small_seed42"
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -59,8 +64,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_worker_niceness": "0",
     }
-    env |= {"RAY_TMPDIR": str(temp), "RAY_USAGE_STATS_ENABLED": "0"}
-    port, manager, nodes, agent = free_ports(4)
+    env |= {"RAY_TMPDIR": str(temp), "RAY_USAGE_STATS_ENABLED": "0", "RAY_metrics_report_interval_ms": "1000"}
+    port, manager, nodes, agent, metrics = free_ports(5)
+    env["EXPORTER"] = f"http://127.0.0.1:{metrics}/metrics"  # for the tests alone
     command = [
         RAY,
         "start",
@@ -75,7 +81,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         f"--node-manager-port={nodes}",
         "--include-dashboard=false",
     ]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={temp}"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", f"--temp-dir={temp}"]
     log = (token.parent / "head.log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
     try:
@@ -115,6 +121,53 @@ def test_a_sweep_on_this_machine_alone_disturbs_no_cluster_and_is_not_disturbed(
         [sys.executable, str(TOY), "--storage", str(tmp_path)], capture_output=True, text=True, timeout=240, env=env
     )
     assert done.returncode == 0 and "T_good_run1" in done.stdout, done.stderr
+
+
+def scraped(exporter: str) -> dict[str, float]:
+    """What the exporter says of sweeps: `name{kind}`, without the labels that all have, and its number."""
+    found = {}
+    with urllib.request.urlopen(exporter, timeout=10) as answer:
+        for line in answer.read().decode().splitlines():
+            if line.startswith("ray_slimsweep_"):
+                name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()
+                said = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+                assert said["sweep"] == NAME, line
+                kind = [said[key] for key in ("verdict", "cause", "unit", "le") if key in said]
+                found[f"{name.removeprefix('ray_slimsweep_')}{kind}"] = float(value)
+    return found
+
+
+def test_prometheus_sees_what_the_journal_says(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    address, env = head
+    command = [sys.executable, str(TOY), "--storage", str(tmp_path), "--address", address]
+    seen: dict[str, list[float]] = {}
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**env, "TOY_SLEEP": "1"})
+    end = time.monotonic() + 240
+    left = 3  # looks after the driver's end: what it sent last may arrive then
+    while left:
+        left -= driver.poll() is not None
+        assert time.monotonic() < end
+        for name, value in scraped(env["EXPORTER"]).items():
+            seen.setdefault(name, []).append(value)
+        time.sleep(0.2)
+    assert driver.returncode == 0
+    state = SweepState.replay(tmp_path / NAME / "journal.jsonl")
+    trials = [trial for trial in state.trials.values() if trial.role == "trial"]
+    epochs = sum(len(trial.results) for trial in trials)
+    last = {name: values[-1] for name, values in seen.items()}
+    assert max(seen["trials_running[]"]) == 2 and last["trials_running[]"] == 0
+    verdicts = Counter((trial.record or {})["verdict"] for trial in trials)
+    causes = Counter(trial.stop[1] for trial in trials if trial.stop)
+    assert {name: n for name, n in last.items() if "finished" in name} == {
+        f"trials_finished['{verdict}']": n for verdict, n in verdicts.items()
+    }
+    assert {name: n for name, n in last.items() if "stopped" in name} == {
+        f"trials_stopped['{cause}']": n for cause, n in causes.items()
+    }
+    assert last["epochs_total[]"] == epochs == last["report_to_decision_seconds_count[]"] > 4
+    assert last["report_to_decision_seconds_bucket['10.0']"] == epochs, "a report waited for longer than ten seconds"
+    assert last["best_drop[]"] == pytest.approx(min(trial.best_drop for trial in trials))
+    assert last["training_hours['CPU']"] == pytest.approx(sum(trained(trial, on_gpu=False) for trial in trials))
 
 
 def test_a_local_sweep_listens_on_the_loopback_alone_and_keeps_its_secrets(tmp_path: Path) -> None:
