@@ -34,7 +34,8 @@ class Progress:
     _phase: str = ""
     _since: float = 0.0
     _counted_since: float = 0.0
-    _base: dict[str, int] = field(default_factory=dict)
+    _took_s: float = 0.0
+    _reported: int = 0
     _width: int = 0
     _total: int = 0
     _done: int = 0
@@ -61,8 +62,7 @@ class Progress:
     def phase(self, name: str, total: int = 0) -> Iterator[None]:
         """A part of the sweep; its seconds add up in `phase_s`."""
         self._phase, self._since, self._total, self._done, self._item = name, time.monotonic(), total, 0, ""
-        self._counted_since, self._width = self._since, 0
-        self._base = {trial.trial_id: len(trial.results) for trial in self._mine()}
+        self._counted_since, self._width, self._took_s, self._reported = self._since, 0, 0.0, 0
         self._say(force=True)
         try:
             yield
@@ -85,6 +85,9 @@ class Progress:
 
     def result(self, trial: TrialState) -> None:
         """An epoch ended."""
+        took = trial.results[-1][1].get("epoch_s", math.nan)
+        if took > 0:
+            self._took_s, self._reported = self._took_s + took, self._reported + 1
         if self.metrics:
             self.metrics.result(trial)
         self._say()
@@ -127,12 +130,10 @@ class Progress:
     def _training_left_s(self) -> float | None:
         """From the seconds of the epochs themselves: the clock of the phase also holds the start of the workers and,
         for trials side by side, epochs that are nearly done."""
-        new = [trial.results[self._base.get(trial.trial_id, 0) :] for trial in self._mine()]
-        took = [row["epoch_s"] for rows in new for _, row in rows if row.get("epoch_s", math.nan) > 0]
         left = [self.epochs - t.epoch for t in self._mine() if t.stop is None and t.error is None]
-        if not took or not left:
+        if not self._reported or not left:
             return None
-        return sum(took) / len(took) * max(sum(left) / max(1, self._width), *left)
+        return self._took_s / self._reported * max(sum(left) / max(1, self._width), *left)
 
     def _ended(self, trial: TrialState) -> None:
         self.running.discard(trial.trial_id)
