@@ -5,7 +5,7 @@ What Prometheus sees is told from here, too.
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import psutil
@@ -48,6 +48,11 @@ class Progress:
         """The live display for as long as this is open; nothing but plain lines where there is no
         terminal.
         """
+        with self.metrics or nullcontext(), self._live_display():
+            yield
+
+    @contextmanager
+    def _live_display(self) -> Iterator[None]:
         if not self.console.is_terminal:
             yield
             return

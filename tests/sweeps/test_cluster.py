@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,7 @@ from sweeps.journal import SweepState
 TOY = Path(__file__).with_name("toy_sweep.py")
 NAME = "toy_small_seed42"
 RAY = str(Path(sys.executable).with_name("ray"))
+FIXED = (6379, 8265, 10001, 52365)  # what Ray takes unless told otherwise
 
 
 def free_ports(count: int) -> list[int]:
@@ -140,22 +142,21 @@ def scraped(exporter: str) -> dict[str, float]:
 def test_prometheus_sees_what_the_journal_says(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     address, env = head
     command = [sys.executable, str(TOY), "--storage", str(tmp_path), "--address", address]
-    seen: dict[str, list[float]] = {}
+    seen: list[dict[str, float]] = []
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**env, "TOY_SLEEP": "1"})
     end = time.monotonic() + 240
-    left = 3  # looks after the driver's end: what it sent last may arrive then
-    while left:
-        left -= driver.poll() is not None
+    while driver.poll() is None:
         assert time.monotonic() < end
-        for name, value in scraped(env["EXPORTER"]).items():
-            seen.setdefault(name, []).append(value)
+        seen.append(scraped(env["EXPORTER"]))
         time.sleep(0.2)
     assert driver.returncode == 0
+    seen = [look for look in seen if "trials_running[]" in look]  # gauges vanish a while after the driver's end
+    last = seen[-1]
     state = SweepState.replay(tmp_path / NAME / "journal.jsonl")
     trials = [trial for trial in state.trials.values() if trial.role == "trial"]
     epochs = sum(len(trial.results) for trial in trials)
-    last = {name: values[-1] for name, values in seen.items()}
-    assert max(seen["trials_running[]"]) == 2 and last["trials_running[]"] == 0
+    assert max(look["trials_running[]"] for look in seen) == 2 and last["trials_running[]"] == 0
+    assert all(look.keys() <= later.keys() for look, later in pairwise(seen)), "a number that was there is gone"
     verdicts = Counter((trial.record or {})["verdict"] for trial in trials)
     causes = Counter(trial.stop[1] for trial in trials if trial.stop)
     assert {name: n for name, n in last.items() if "finished" in name} == {
@@ -190,6 +191,7 @@ def test_a_local_sweep_listens_on_the_loopback_alone_and_keeps_its_secrets(tmp_p
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
                     assert address_of(connection.laddr.ip).is_loopback, (process.cmdline(), connection.laddr)
+                    assert connection.laddr.port not in FIXED, "a real head on this machine would find it taken"
                     ports[process.name()] = connection.laddr.port
         assert len(ports) >= 3
         join = f"from ray._raylet import GcsClient; print(GcsClient('127.0.0.1:{ports['gcs_server']}').cluster_id)"
