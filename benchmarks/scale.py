@@ -6,10 +6,11 @@
     python benchmarks/scale.py reports --count 300
 
 `trials`: Ray is told of 64 cores, and the trials sleep, with journal, stop-loss, records and MLflow as in any sweep.
-The ideal is count / 64 seconds; what is above it is the overhead. `reports`: no actors; the scheduler and the callback
-that the launcher hands to Ray are called in Ray's order by a clock, so that what is seen is our own part: how long a
-report waits for its decision, and how far MLflow is behind. Its curves are those of `sweeps/curves.py`; a trial that is
-stopped makes room for the next.
+The ideal is 64 trials a second; what is above it is the overhead. The first trials wait for one another: as long as
+processes take longer to start than trials last, Ray gives a trial whose process is starting one that has become free,
+and ends the other, over and over. `reports`: no actors; the scheduler and the callback that the launcher hands to Ray
+are called in Ray's order by a clock, so that what is seen is our own part: how long a report waits for its decision, and
+how far MLflow is behind. Its curves are those of `sweeps/curves.py`; a trial that is stopped makes room for the next.
 """
 
 import argparse
@@ -44,17 +45,24 @@ CATCH_UP_S = 300.0
 
 
 class Sleeper(Trainable):
-    """One epoch, in which a second passes."""
+    """One epoch, in which a second passes; in the first trial of each slot, until all slots have one."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Nothing to build."""
+        self.number, self.meeting = config["params"]["index"], Path(config["state_dir"]).parent / "meeting"
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in the same process."""
+        self.setup(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
         """An epoch without work."""
+        if self.number < SLOTS:
+            self.meeting.mkdir(exist_ok=True)
+            (self.meeting / str(self.number)).touch()
+            while len(list(self.meeting.iterdir())) < SLOTS:
+                time.sleep(0.2)
         time.sleep(1.0)
         return {"epoch": 1, "val_drop": 0.0, "val_quality": 1.0}
 
@@ -231,8 +239,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, help="trials; 10,000 one after the other, or 1,000 at a time")
     given = parser.parse_args(argv)
     count = given.count or {"trials": 10_000, "reports": 1_000}[given.what]
-    if count < 10:
-        parser.error(f"--count {count}: expected 10 or more")
+    least = {"trials": 10 * SLOTS, "reports": 1}[given.what]
+    if count < least:
+        parser.error(f"--count {count}: expected {least} or more")
     with tempfile.TemporaryDirectory() as folder:
         {"trials": trials, "reports": reports}[given.what](count, Path(folder))
 

@@ -139,18 +139,23 @@ def scraped(exporter: str) -> dict[str, float]:
     return found
 
 
-def test_prometheus_sees_what_the_journal_says(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
-    address, env = head
-    command = [sys.executable, str(TOY), "--storage", str(tmp_path), "--address", address]
-    seen: list[dict[str, float]] = []
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**env, "TOY_SLEEP": "1"})
+def looks(exporter: str, command: list[str], env: dict[str, str]) -> list[dict[str, float]]:
+    """What the exporter says while the sweep runs; of gauges that vanish a while after its end, no more than that."""
+    seen = []
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
     end = time.monotonic() + 240
     while driver.poll() is None:
         assert time.monotonic() < end
-        seen.append(scraped(env["EXPORTER"]))
+        seen.append(scraped(exporter))
         time.sleep(0.2)
     assert driver.returncode == 0
-    seen = [look for look in seen if "trials_running[]" in look]  # gauges vanish a while after the driver's end
+    return [look for look in seen if "trials_running[]" in look]
+
+
+def test_prometheus_sees_what_the_journal_says(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    address, env = head
+    command = [sys.executable, str(TOY), "--storage", str(tmp_path), "--address", address]
+    seen = looks(env["EXPORTER"], command, {**env, "TOY_SLEEP": "1"})
     last = seen[-1]
     state = SweepState.replay(tmp_path / NAME / "journal.jsonl")
     trials = [trial for trial in state.trials.values() if trial.role == "trial"]
@@ -169,6 +174,8 @@ def test_prometheus_sees_what_the_journal_says(head: tuple[str, dict[str, str]],
     assert last["report_to_decision_seconds_bucket['10.0']"] == epochs, "a report waited for longer than ten seconds"
     assert last["best_drop[]"] == pytest.approx(min(trial.best_drop for trial in trials))
     assert last["training_hours['CPU']"] == pytest.approx(sum(trained(trial, on_gpu=False) for trial in trials))
+    again = looks(env["EXPORTER"], [*command, "--resume"], env)[-1]
+    assert again == pytest.approx(last), "a resumed sweep counts what was done before"
 
 
 def test_a_local_sweep_listens_on_the_loopback_alone_and_keeps_its_secrets(tmp_path: Path) -> None:
