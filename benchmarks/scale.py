@@ -9,8 +9,8 @@
 The ideal is 64 trials a second; what is above it is the overhead. The first trials wait for one another: as long as
 processes take longer to start than trials last, Ray gives a trial whose process is starting one that has become free,
 and ends the other, over and over. `reports`: no actors; the scheduler and the callback that the launcher hands to Ray
-are called in Ray's order by a clock, so that what is seen is our own part: how long a report waits for its decision, and
-how far MLflow is behind. Its curves are those of `sweeps/curves.py`; a trial that is stopped makes room for the next.
+are called in Ray's order by a clock, so that what is seen is our own part: how long a report waits for its decision,
+and how far MLflow is behind. Its curves are those of `sweeps/curves.py`; a stopped trial makes room for another.
 """
 
 import argparse
@@ -154,6 +154,8 @@ class Clockwork:
     def fit(self) -> None:
         """REPORT_S seconds of reports; says what was seen and interrupts the sweep."""
         rng = np.random.default_rng(1)
+        families = list(FAMILIES.values())
+        self.curves = [families[n % len(families)](rng, EPOCHS) for n in range(400)]
         self.trials: list[Any] = []
         running = [self._next(rng) for _ in range(self.concurrent)]
         delays, busy = [], []
@@ -183,28 +185,25 @@ class Clockwork:
         config = self.queue.suggest("")
         if not isinstance(config, dict):
             raise RuntimeError("more trials were stopped than were planned")
-        family = list(FAMILIES.values())[rng.integers(len(FAMILIES))]
+        drops = self.curves[rng.integers(len(self.curves))]
         metadata = SimpleNamespace(num_failures=0)
         trial = SimpleNamespace(config=config, status=RayTrial.RUNNING, run_metadata=metadata)
         self.trials.append(trial)
         self.watch.on_trial_start(iteration=0, trials=[], trial=trial)
-        return trial, SimpleNamespace(drops=family(rng, EPOCHS), seen=[])
+        return trial, SimpleNamespace(drops=drops, seen=[])
 
     def _tell(self, delays: Any, busy: Any, seconds: float) -> None:
-        journal = self.folder / f"scale_small_seed42/{NAME}"
-        behind = [journal.stat().st_size - mirrored(journal)]
-        began = time.monotonic()
-        while mirrored(journal) < journal.stat().st_size and time.monotonic() - began < CATCH_UP_S:
-            time.sleep(0.2)
-        caught = time.monotonic() - began
         p50, p99 = np.quantile(delays, [0.5, 0.99])
-        asked = self.concurrent * seconds
-        judged = f"{len(delays)} of {asked:.0f} judged in {seconds:.0f} s"
+        judged = f"{len(delays)} of {self.concurrent * seconds:.0f} judged in {seconds:.0f} s"
         print(f"\n{self.concurrent} trials, a report a second each: {judged}")
         print(f"report to decision: p50 {1000 * p50:.1f} ms, p99 {1000 * p99:.1f} ms, last {1000 * delays[-1]:.1f} ms")
         print(f"busy per report: mean {1000 * busy.mean():.2f} ms, p99 {1000 * np.quantile(busy, 0.99):.2f} ms")
-        share = behind[0] / journal.stat().st_size
-        print(f"MLflow at the end: behind by {100 * share:.0f} % of the journal; caught up {caught:.1f} s later")
+        journal = self.folder / f"scale_small_seed42/{NAME}"
+        whole, began = journal.stat().st_size, time.monotonic()
+        print(f"MLflow is behind by {100 * (1 - mirrored(journal) / whole):.0f} % of the journal", flush=True)
+        while mirrored(journal) < whole and time.monotonic() - began < CATCH_UP_S:
+            time.sleep(0.2)
+        print(f"and has caught up to {100 * mirrored(journal) / whole:.0f} % after {time.monotonic() - began:.0f} s")
 
 
 def arrivals(rng: np.random.Generator, count: int, began: float) -> Iterator[tuple[int, float]]:
@@ -229,7 +228,7 @@ def reports(count: int, folder: Path) -> None:
     """`count` trials that report once a second."""
     Clockwork.concurrent, Clockwork.folder = count, folder
     training.tune.Tuner = Clockwork
-    run(sweep_of(20 * count, EPOCHS), ["--storage", str(folder)])
+    run(sweep_of(6 * count, EPOCHS), ["--storage", str(folder)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from sweeps.journal import TrialState
 from sweeps.metrics import Metrics
 
 PLAIN_EVERY_S = 10.0
+NAMED = 20  # of those that run, so many are shown
 
 
 @dataclass
@@ -166,12 +167,16 @@ class Progress:
 
     def _say(self, force: bool = False) -> None:
         if self._live is None and (force or time.monotonic() - self._said > PLAIN_EVERY_S):
-            running = [
-                f"{trial.exp_id} {trial.epoch}/{self.epochs} {percent(_last(trial))}"
-                for trial in self._mine()
-                if trial.trial_id in self.running
-            ]
-            self._line("; ".join([self._headline(), *(running if self._phase == "training" else [])]))
+            running, more = self._shown()
+            said = [f"{trial.exp_id} {trial.epoch}/{self.epochs} {percent(_last(trial))}" for trial in running]
+            self._line("; ".join([self._headline(), *said, *more]))
+
+    def _shown(self) -> tuple[list[TrialState], list[str]]:
+        """Trials that train and are named, and in words how many are not."""
+        if self._phase != "training":
+            return [], []
+        running = [trial for trial in self._mine() if trial.trial_id in self.running]
+        return running[:NAMED], [f"and {len(running) - NAMED} more"] if len(running) > NAMED else []
 
     def _line(self, text: str) -> None:
         self._said = time.monotonic()
@@ -179,11 +184,11 @@ class Progress:
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
-        for trial in self._mine():
-            if trial.trial_id in self.running and self._phase == "training":
-                bar = ProgressBar(total=self.epochs, completed=trial.epoch, width=20)
-                table.add_row(trial.exp_id, bar, f"epoch {trial.epoch}/{self.epochs}", percent(_last(trial)))
-        return Group(Text(self._headline()), table)
+        running, more = self._shown()
+        for trial in running:
+            bar = ProgressBar(total=self.epochs, completed=trial.epoch, width=20)
+            table.add_row(trial.exp_id, bar, f"epoch {trial.epoch}/{self.epochs}", percent(_last(trial)))
+        return Group(Text(self._headline()), table, *map(Text, more))
 
 
 def _last(trial: TrialState) -> float | None:

@@ -129,12 +129,9 @@ class StopLossScheduler(FIFOScheduler):
         return f"Stop-loss at budget {self.rule.budget:g}: {len(self.reasons)} trials ended"
 
     def _peers(self, trial_id: str) -> list[Sequence[float | None]]:
-        return [self._before_audit(key) for key in self.histories if key != trial_id]
-
-    def _before_audit(self, trial_id: str) -> Sequence[float | None]:
-        """The history as it would be without an audit."""
-        due = self.audit.due.get(trial_id)
-        return self.histories[trial_id][: due[0] if due else None]
+        """The other histories, as they would be without an audit."""
+        due, known = self.audit.due, self.histories.items()
+        return [drops[: due[key][0]] if key in due else drops for key, drops in known if key != trial_id]
 
     def _audited(self, trial_id: str) -> tuple[str, str]:
         """Reason and detail of an audited trial at its end."""

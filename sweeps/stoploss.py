@@ -123,11 +123,20 @@ def is_rung(evals: int, rule: StopLossRule) -> bool:
 def _behind(best: float, evals: int, peers: Sequence[History], rule: StopLossRule) -> str | None:
     """Say how far outside of its rung's top 1/eta a trial is; None inside of it and where no rung judges."""
     rung = evals
-    if not is_rung(rung, rule) or sum(len(peer) >= rung for peer in peers) < rule.min_peers:
+    if not is_rung(rung, rule):
         return None
-    # A diverged peer is the worst of any rung, even of one that it did not live to see.
-    reached = [math.inf if _diverged(peer) else best_drop(peer[:rung])
-               for peer in peers if len(peer) >= rung or _diverged(peer)]  # fmt: skip
+    # A diverged peer is the worst of any rung, even of one that it did not live to see. A plain loop: there may be
+    # thousands of peers.
+    reached: list[float] = []
+    long = 0
+    for peer in peers:
+        long += len(peer) >= rung
+        if _diverged(peer):
+            reached.append(math.inf)
+        elif len(peer) >= rung:
+            reached.append(best_drop(peer[:rung]))
+    if long < rule.min_peers:
+        return None
     # The same count that ASHA promotes, at least one; whoever equals the last of them is kept as well.
     kept = max(1, (len(reached) + 1) // rule.eta)
     better = sum(other < best for other in reached)
@@ -159,7 +168,7 @@ def _diverged(history: History) -> bool:
 
 
 def best_drop(history: History) -> float:
-    return min((v for v in history if v is not None and math.isfinite(v)), default=math.inf)
+    return min([v for v in history if v is not None and math.isfinite(v)], default=math.inf)
 
 
 def _percent(fraction: float) -> str:
