@@ -113,8 +113,10 @@ def _verdicts(sweeps: Sequence[SweepData]) -> list[Block]:
             Text(table.title(records, one.settings), small=True),
             Table(names, [[cell[name] for name in names] for cell in cells], _TEXT),
         ]
-    notes = dict.fromkeys(line for one in sweeps for line in table.foot(one.trials.to_dicts()))
-    return [*blocks, *(Text(line, small=True) for line in notes)]
+    every = [one.trials.to_dicts() for one in sweeps]
+    notes = dict.fromkeys(line for records in every for line in table.explained(records))
+    warning = table.beware([record for records in every for record in records])
+    return [*blocks, *(Text(line, small=True) for line in [*notes, *warning])]
 
 
 def _best(trials: pl.DataFrame, data: SweepData) -> Mapping[str, Any] | None:

@@ -108,7 +108,18 @@ def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> 
 
 def foot(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines below the table: which numbers are of the test and which of the validation, and what to beware of."""
-    samples, warning = _words(records).samples, load_note(records)
+    return [*explained(records), *beware(records)]
+
+
+def beware(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The warning, if one is due, that a loaded machine timed these; of several tables the highest load."""
+    warning = load_note(records)
+    return [f"Beware: {warning}."] if warning else []
+
+
+def explained(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the table's numbers are."""
+    samples = _words(records).samples
     lines = [
         f"Drop: of the best validated weights on the test {samples} against the teacher, with a paired bootstrap 95 % "
         f"interval. Validation {samples} alone chose the weights and the best student."
@@ -118,7 +129,7 @@ def foot(records: Sequence[Mapping[str, Any]]) -> list[str]:
             "x teacher: the deployed teacher's p50 over the trial's, timed in the same alternating rounds; where it "
             "and p50 disagree about two trials, trust the ratio."
         )
-    return [*lines, *([f"Beware: {warning}."] if warning else [])]
+    return lines
 
 
 def render(

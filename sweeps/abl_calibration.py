@@ -12,6 +12,7 @@ from trainables.quantize import Round
 
 ABL = Sweep(
     stage="ABL2", domain="dust3r", trainable=Round, measure=evaluate, settings=(WORKLOAD, QUANT), seeds=3,
+    latency=False,
     trials=[
         Trial("ABL-2", combo="calib512", keyparams="", calibration=512),
         Trial("ABL-2", combo="calib256", keyparams="", calibration=256),

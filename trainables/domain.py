@@ -148,6 +148,12 @@ class Domain(Protocol):
         """The module that is exported and timed, the workload's inputs for it, and names of inputs and outputs."""
 
 
+def answering(teacher: nn.Module) -> nn.Module:
+    """The part of a teacher that answers, by which drops are counted: all of it, unless it says otherwise."""
+    part: nn.Module = getattr(teacher, "answering", teacher)
+    return part
+
+
 def make_domain(
     name: str, settings: Mapping[str, Any], params: Mapping[str, Any], seed: int, cache: Path | None = None
 ) -> Domain:

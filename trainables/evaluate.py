@@ -25,7 +25,7 @@ from trainables import checkpoint, deploy
 from trainables.checkpoint import model_hash
 from trainables.config import WORDS, PruneSettings, QuantSettings
 from trainables.deploy import Job, domain_of, model_of
-from trainables.domain import Domain
+from trainables.domain import Domain, answering
 from trainables.gates import Drop, paired_drop
 from trainables.teacher_cache import TeacherCache, inherited, pruned, teacher_metrics
 from trainables.timing import measure_latency
@@ -99,7 +99,7 @@ def measure_quality(job: Job) -> dict[str, Any]:
     domain = domain_of(job)
     teacher = teacher_metrics(Path(job["cache_dir"]), domain, "test", full=True)
     model, own = domain.teacher(), teacher
-    reference = f"teacher:{model_hash(model)}"
+    reference = f"teacher:{model_hash(answering(model))}"
     more: dict[str, Any] = {}
     if job["weights"]:
         model = model_of(job, domain)
@@ -117,7 +117,7 @@ def measure_quality(job: Job) -> dict[str, Any]:
     change = _drop(job, domain, own, teacher)
     means = {name: float(values.mean()) for name, values in own.items()}
     beside = domain.compare(own, "test")
-    size = {"params_down": 1 - params_M(model) / params_M(domain.teacher())} if job["weights"] else {}
+    size = {"params_down": 1 - params_M(model) / params_M(answering(domain.teacher()))} if job["weights"] else {}
     return {
         **means,
         "quality": means[primary],

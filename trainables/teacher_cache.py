@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from engines.errors import InputError
 from trainables import checkpoint, fast_linear
 from trainables.checkpoint import model_hash
-from trainables.domain import Batch, Domain
+from trainables.domain import Batch, Domain, answering
 
 BLOCK = 256  # samples of a shard at least, and computed at a time at most
 SHARD = 2**25  # bytes of a shard at least: of small samples it holds many, or a batch would come from as many files
@@ -299,7 +299,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 def teacher_metrics(folder: Path, domain: Domain, split: str, full: bool) -> dict[str, Tensor]:
     """The teacher's metrics per sample on a fixed split, computed once by content (weights, code, protocol)."""
-    teacher = domain.teacher()
+    teacher = answering(domain.teacher())
     path = folder / f"teacher_{split}_{_digest(model_hash(teacher), domain.split_id(split), full)}.npz"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "metrics.lock"):

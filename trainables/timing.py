@@ -26,7 +26,7 @@ from engines.runtimes import Arrays, OnnxRuntime, Runtime, TorchRuntime
 from engines.tensorrt_run import TensorRTRuntime
 from trainables import deploy
 from trainables.deploy import Job, domain_of, model_of
-from trainables.domain import Domain
+from trainables.domain import Domain, answering
 
 # The record's name of a ratio -> the candidate that it refers to; each is that candidate's p50 over the deployed one's.
 RATIOS = {
@@ -58,7 +58,9 @@ def measure_latency(job: Job) -> dict[str, Any]:
         with ExitStack() as stack:
             for engine in engines.values():
                 stack.callback(engine.close)
-            arrays = [tuple(tensor.numpy() for tensor in sample) for sample in domain.deployed(domain.teacher())[1]]
+            arrays = [
+                tuple(tensor.numpy() for tensor in sample) for sample in domain.deployed(answering(domain.teacher()))[1]
+            ]
             calls = {name: _next_sample(engine, arrays) for name, engine in engines.items()}
             seed = settings["workload_seed"]
             samples = measure(calls, settings["warmup"], settings["repeats"], seed)
@@ -66,7 +68,7 @@ def measure_latency(job: Job) -> dict[str, Any]:
         own = next(name for name in DEPLOYED if name in names)
         times = {name: summarise(samples, name, seed) for name in names if name in RATIOS.values() or name == own}
         best = times[own][own]
-        model = model_of(job, domain) if job["weights"] else domain.teacher()
+        model = model_of(job, domain) if job["weights"] else answering(domain.teacher())
         pace = domain.pace(model, best.p50_ms, device, found["policy"], found["file"])
     extra: dict[str, Any] = {key: getattr(best, key) for key in ("p50_lo", "p50_hi", "p95_lo", "p95_hi")}
     for key, reference in RATIOS.items():
@@ -103,7 +105,7 @@ def _candidates(
 ) -> tuple[dict[str, Runtime], dict[str, Any]]:
     """Everything that is timed, by name, and what was measured of the own model on the way."""
     threads = job["settings"]["threads"]
-    models = {"teacher": domain.teacher()}
+    models = {"teacher": answering(domain.teacher())}
     if job["weights"]:
         models["own"] = model_of(job, domain)
     own = "own" if "own" in models else "teacher"

@@ -69,6 +69,11 @@ class FusedTeacher(nn.Module):
         self.decoder, self.probes = decoder, probes
         self.config = {"decoder": decoder.config, "probes": probes.config}
 
+    @property
+    def answering(self) -> Decoder:
+        """What answers, and so what a student is compared with: the probes only teach."""
+        return self.decoder
+
     def forward(self, events: Tensor, measurements: Tensor) -> Tensor:
         """The decoder's own logits (N, K)."""
         logits: Tensor = self.decoder(events, measurements)

@@ -89,3 +89,16 @@ def test_each_seed_has_one_cache_before_its_trials_and_its_arms_start_alike(job,
         assert stages.step()["train_fused"] > 0
     assert not torch.equal(events[7], events[8])
     assert {path.parent.name for path in cache.glob("*/layout.json")} == made
+
+
+def test_probes_change_nothing_of_what_a_student_is_compared_with(job):
+    """Reference, drop and the share of parameters that are gone: those of the decoder alone."""
+    domain = make_domain("alphaqubit", job["settings"], {}, 7)
+    weights = Path(job["state_dir"]) / "student.pth"
+    checkpoint.save(weights, domain.export(domain.student(inherit=False)))
+    job |= {"weights": str(weights), "workload_hash": "w"}
+    plain = {**job, "settings": {**job["settings"], "fusion": "none"}, "trials": [HARD]}
+    fused, alone = (evaluate.measure_quality(one) for one in (job, plain))
+    assert fused == alone and fused["extra"]["reference"].startswith("teacher:")
+    assert list(Path(job["cache_dir"]).glob("probes_*.pth"))
+    assert len(list(Path(job["cache_dir"]).glob("teacher_test_*.npz"))) == 1, "its answers are computed once"
