@@ -75,7 +75,7 @@ def connect(wanted: Wanted) -> Iterator[Cluster]:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
-    from ray._private import ray_constants
+    from ray._private import ray_constants, utils
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     for name in ("ray", "ray.tune", "ray.data", "ray.train"):
@@ -85,6 +85,8 @@ def connect(wanted: Wanted) -> Iterator[Cluster]:
     if address is None:
         options |= {"address": "local", "num_cpus": cores(), "include_dashboard": False}
         options |= {"_node_ip_address": "127.0.0.1"}
+        # As if ray[default] were not installed: no exporter, and no port of a fixed number that a real head would need.
+        utils.get_dashboard_dependency_error = lambda: ImportError("a sweep on this machine needs no dashboard")
     else:
         root = Path(__file__).resolve().parent.parent
         options |= {

@@ -63,13 +63,18 @@ class Account:
         return said
 
 
+def of_epoch(metrics: Mapping[str, float], on_gpu: bool) -> float:
+    """Hours that one epoch took: by the clock on each worker's accelerator, else of all workers' CPU; 0 where it does
+    not say.
+    """
+    clock = metrics.get("epoch_s", math.nan) * metrics.get("workers", 1)
+    seconds = clock if on_gpu else metrics.get("cpu_s", clock)
+    return seconds / 3600 if math.isfinite(seconds) else 0.0
+
+
 def trained(trial: TrialState, on_gpu: bool) -> float:
-    """Hours that the trial's epochs took: by the clock on each worker's accelerator, else of all workers' CPU."""
-    seconds = []
-    for _, metrics in trial.results:
-        clock = metrics.get("epoch_s", math.nan) * metrics.get("workers", 1)
-        seconds.append(clock if on_gpu else metrics.get("cpu_s", clock))
-    return sum(second for second in seconds if math.isfinite(second)) / 3600
+    """Hours that the trial's epochs took."""
+    return sum(of_epoch(metrics, on_gpu) for _, metrics in trial.results)
 
 
 def on_gpu(state: SweepState) -> bool:

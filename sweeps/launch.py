@@ -27,6 +27,7 @@ from sweeps import cluster as ray_cluster
 from sweeps.ledger import Ledger, inspect
 from sweeps.lineage import best_of
 from sweeps.measure import Bench, compile_best, measure, prepare
+from sweeps.metrics import exported
 from sweeps.placement import Cluster
 from sweeps.plan import Planned, Planner, refuse_hidden
 from sweeps.progress import Clock, Progress
@@ -220,7 +221,7 @@ def _sweep(order: Order, ledger: Ledger, cluster: Cluster, clock: Clock, console
     kinds = _kinds(sweep, order.given)
     seeds = sorted({trial.seed for trial in order.planned})
     bench = Bench(sweep, order.resolved, ledger, cluster, cache, common, kinds, seeds)
-    progress = Progress(console, rule_of(sweep, values).max_evals)
+    progress = Progress(console, rule_of(sweep, values).max_evals, exported(order.name, cluster.gpus > 0))
     clock.mark("set-up")
     with progress.show():
         if sweep.measure:

@@ -106,7 +106,9 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
     def write(trial: Planned) -> None:
         record = build_record(bench, trial, found[trial.trial_id])
         bench.ledger.append("record", trial_id=trial.trial_id, record=record.to_dict())
-        if bench.ledger.trial(trial.trial_id).stop and not _unmeasured(record.to_dict()):
+        state = bench.ledger.trial(trial.trial_id)
+        progress.measured(state)
+        if state.stop and not _unmeasured(record.to_dict()):
             # Of a trial that is over its best weights are enough; its state is several times as large.
             (bench.ledger.state_dir(trial.trial_id) / STATE).unlink(missing_ok=True)
 

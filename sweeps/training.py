@@ -128,7 +128,7 @@ def train(
     scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)
     try:
         tune.Tuner(
-            tune.with_resources(sweep.trainable, resources),
+            tune.with_resources(_stamped(sweep.trainable), resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Queue(configs),
                 scheduler=scheduler,
@@ -160,6 +160,16 @@ def train(
         state = ledger.trial(trial.trial_id)
         if state.stop is None and state.error is None:
             _fail(ledger, trial.trial_id, "Ray ended the trial without a word")
+
+
+def _stamped(trainable: type[Any]) -> type[Any]:
+    """The trainable, with the moment of each report: Ray's own is cut to whole seconds."""
+
+    class Stamped(trainable):  # type: ignore[misc]
+        def step(self) -> dict[str, Any]:
+            return {**super().step(), "timestamp": time.time()}
+
+    return Stamped
 
 
 class _Unsaved:
@@ -212,11 +222,15 @@ class _Watch(_Unsaved, Callback):
     def __init__(self, ledger: Ledger, progress: Progress, broken: list[OSError], hang_s: float) -> None:
         self._ledger, self._progress, self._broken, self._hang_s = ledger, progress, broken, hang_s
         self._heard: dict[str, _Heard] = {}
+        self._looks_at = 0.0
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._broken:
             raise self._broken[0]  # without its journal a sweep must not go on
         now = time.monotonic()
+        if now < self._looks_at:  # Ray steps at every event: a look at 10,000 trials each time would outweigh all else
+            return
+        self._looks_at = now + self._hang_s / 60
         for trial in trials:
             heard = self._heard.get(trial.config["trial_id"])
             if heard and trial.status == Trial.RUNNING and now - heard.at > self._hang_s:
@@ -236,6 +250,7 @@ class _Watch(_Unsaved, Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         heard, epoch = self._heard[trial.config["trial_id"]], int(result.get("epoch", 0))
         heard.at = time.monotonic()
+        self._progress.decided(time.time() - result["timestamp"])  # Ray asks the scheduler first
         if epoch > heard.epoch:  # over days many hosts may go: only a trial that gets nowhere is broken
             heard.epoch, heard.hung, trial.run_metadata.num_failures = epoch, 0, 0
 
