@@ -6,7 +6,6 @@ to 1e-3 of the weights in six steps.
 """
 
 import signal
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -109,6 +108,7 @@ def test_two_workers_are_one_with_the_same_batch(gang, tiny):
     gang.wait(lambda: not gang.followers())
 
 
+@pytest.mark.slow
 def test_pretraining_draws_each_workers_own_scenes(gang, tiny):
     found = steps(gang.lead(Pretrain, tiny.config("two")), 2)
     pieces, whole = tiny.config("pieces", accumulate=2), tiny.config("whole")
@@ -127,10 +127,8 @@ def test_a_killed_follower_ends_the_step_by_name_and_the_trial_goes_on_from_its_
     (follower,) = gang.followers()
     gang.wait(lambda: psutil.Process(follower.pid).cmdline()[0] == "ray::Follower.train")
     follower.kill()
-    started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"worker 1 of 2: .*(died|killed)"):
-        ray.get(second)
-    assert time.monotonic() - started < 30
+        ray.get(second, timeout=120)
     assert tiny.same(state(config), before), "nothing of the broken epoch is kept"
     ray.get(leader.stop.remote())
     again = gang.lead(Distill, config)
@@ -140,6 +138,7 @@ def test_a_killed_follower_ends_the_step_by_name_and_the_trial_goes_on_from_its_
     assert tiny.same(state(config), state(pieces))
 
 
+@pytest.mark.slow
 def test_no_worker_waits_for_one_that_raised_or_hangs(gang, tiny):
     leader = gang.lead(Faulty, tiny.config("follower", {"sick": 1}))
     steps(leader, 1)
@@ -163,6 +162,7 @@ def test_no_worker_waits_for_one_that_raised_or_hangs(gang, tiny):
     gang.wait(lambda: not gang.followers())
 
 
+@pytest.mark.slow
 def test_a_follower_that_cannot_be_built_or_sees_an_older_state_says_so(gang, tiny):
     class Elsewhere(Distill):
         def build(self):
