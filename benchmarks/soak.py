@@ -115,7 +115,7 @@ def kill_one(driver: psutil.Process, draw: random.Random) -> bool:
     workers = []
     for process in driver.children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
+            if "Trainable" in "".join(process.cmdline()[:1]):  # Ray's own processes are called ray:: as well
                 workers.append(process)
     if not workers:
         return False

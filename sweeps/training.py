@@ -21,6 +21,7 @@ from ray.tune.search import Searcher
 
 from sweeps import memory
 from sweeps.audit import is_chosen
+from sweeps.cluster import nodes
 from sweeps.flags import Flags
 from sweeps.ledger import Ledger
 from sweeps.placement import Cluster
@@ -31,6 +32,7 @@ from sweeps.spec import Sweep
 from sweeps.stoploss import StopLossRule
 
 RETRIES = 3  # without a new epoch in between
+LOOK_S = 30.0  # between two looks at whether there is still a node
 SPARE = 1 << 20  # bytes: with less the storage counts as full
 LEFT = "exit_actor() is called"  # Ray's words for a trial that heard that its node goes (trainables/preemption.py)
 
@@ -222,12 +224,16 @@ class _Watch(_Unsaved, Callback):
     def __init__(self, ledger: Ledger, progress: Progress, broken: list[OSError], hang_s: float) -> None:
         self._ledger, self._progress, self._broken, self._hang_s = ledger, progress, broken, hang_s
         self._heard: dict[str, _Heard] = {}
-        self._looks_at = 0.0
+        self._looks_at, self._looked = 0.0, time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._broken:
             raise self._broken[0]  # without its journal a sweep must not go on
         now = time.monotonic()
+        if now - self._looked > LOOK_S:
+            self._looked = now
+            if not nodes():
+                raise OSError("Ray has no node left, so that nothing can run; start it again and go on with --resume")
         if now < self._looks_at:  # Ray steps at every event: a look at 10,000 trials each time would outweigh all else
             return
         self._looks_at = now + self._hang_s / 60

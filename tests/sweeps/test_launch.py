@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sweeps.journal import SweepState, read_events
@@ -315,3 +316,18 @@ def test_a_sweep_that_exists_needs_resume_and_the_same_settings(faulty: tuple[Pa
             code, out, err = finish(start(storage, *flags, *more.split(), *dry))
             assert code == 2 and said in err and "--storage" in err and err.count("\n") == 1 and not out
     assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_machine_whose_ray_died_is_not_waited_for(tmp_path: Path) -> None:
+    process = start(tmp_path, TOY_SLEEP="5")
+    path = tmp_path / NAME / "journal.jsonl"
+    end = time.monotonic() + 200
+    while not (path.is_file() and '"result"' in path.read_text()):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.2)
+    (raylet,) = (p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "raylet")
+    raylet.kill()
+    code, _, err = finish(process)
+    assert code != 0 and replay(tmp_path / NAME).ended != "finished"
+    assert "error: " in err and "--resume" in err, err
