@@ -153,9 +153,8 @@ def looks(exporter: str, command: list[str], env: dict[str, str]) -> list[dict[s
 
 
 def test_prometheus_sees_what_the_journal_says(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
-    address, env = head
+    address, env = head[0], {**head[1], "TOY_SLEEP": "1"}
     command = [sys.executable, str(TOY), "--storage", str(tmp_path), "--address", address]
-    env = {**env, "TOY_SLEEP": "1"}
     seen = looks(env["EXPORTER"], command, env)
     last = seen[-1]
     state = SweepState.replay(tmp_path / NAME / "journal.jsonl")
