@@ -2,6 +2,7 @@
 journal.
 """
 
+import errno
 import re
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
+from sweeps import memory
 from sweeps.audit import is_chosen
 from sweeps.flags import Flags
 from sweeps.ledger import Ledger
@@ -29,6 +31,8 @@ from sweeps.spec import Sweep
 from sweeps.stoploss import StopLossRule
 
 RETRIES = 3  # without a new epoch in between
+SPARE = 1 << 20  # bytes: with less the storage counts as full
+LEFT = "exit_actor() is called"  # Ray's words for a trial that heard that its node goes (trainables/preemption.py)
 
 
 def rule_of(sweep: Sweep, values: Mapping[str, Any]) -> StopLossRule:
@@ -120,6 +124,7 @@ def train(
     )
     for left in ledger.folder.glob(".ray-*"):  # of a driver that was killed
         shutil.rmtree(left, ignore_errors=True)
+    memory.contain()
     scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)
     try:
         tune.Tuner(
@@ -141,6 +146,14 @@ def train(
                 verbose=0,
             ),
         ).fit()
+    except Exception as error:
+        # Ray stumbles over its own files, or over ours, in many ways; what a user can mend is said.
+        if broken:
+            raise broken[0] from error
+        if shutil.disk_usage(ledger.folder).free < SPARE:
+            text = "the storage is full: free some space, then go on with --resume"
+            raise OSError(errno.ENOSPC, text, str(ledger.folder)) from error
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     for trial in waiting:
@@ -226,10 +239,13 @@ class _Watch(_Unsaved, Callback):
         if epoch > heard.epoch:  # over days many hosts may go: only a trial that gets nowhere is broken
             heard.epoch, heard.hung, trial.run_metadata.num_failures = epoch, 0, 0
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if LEFT in _last_failure(trial):  # its node was taken away, which says nothing about the trial
+            trial.run_metadata.num_failures -= 1
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial.config["trial_id"]
-        path = Path(str(trial.error_file))
-        error = last_error(path.read_text() if path.is_file() else "lost its worker")
+        error = last_error(_last_failure(trial))
         heard = self._heard.get(trial_id)
         if heard and heard.hung > 1:
             error = f"hung after epoch {heard.epoch}: no report for {self._hang_s / 60:g} min, twice"
@@ -241,11 +257,21 @@ def _fail(ledger: Ledger, trial_id: str, error: str) -> None:
     ledger.append("failed", trial_id=trial_id, error=error)
 
 
+def _last_failure(trial: Any) -> str:
+    path = Path(str(trial.error_file))
+    return path.read_text().split("Failure #")[-1] if path.is_file() else "lost its worker"
+
+
 def last_error(text: str) -> str:
-    """The exception of the last failure in what Ray writes of a trial's failures."""
-    lines = [line.strip() for line in text.split("Failure #")[-1].splitlines() if line.strip()]
+    """The exception in what Ray writes of a trial's failure."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
     return (named or lines or ["unknown error"])[-1][:300]
+
+
+def failure(error: str) -> str:
+    """The stop reason of a trial with this error: out_of_memory (a card, a process, a node) or failed."""
+    return "out_of_memory" if "OutOfMemoryError" in error else "failed"
 
 
 def one_line(error: BaseException | str) -> str:

@@ -226,6 +226,12 @@ def test_resume_tries_again_what_failed(tmp_path: Path) -> None:
     assert before["T-3"]["unmeasured"] == "latency" and before["T-3"]["t_pair_p50_ms"] is None
     assert "latency not measured: RuntimeError: the toy cannot be timed" in before["T-3"]["notes"]
 
+    # What can still go on keeps the state to go on from.
+    going_on = {
+        t.task_id: bool(list((folder / "trials" / key).glob("state.pt"))) for key, t in replay(folder).trials.items()
+    }
+    assert going_on == {"P0-2": False, "T-1": False, "T-2": True, "T-3": True}
+
     (folder / "healed").touch()
     code, _, err = finish(start(tmp_path, "--resume", **env))
     assert code == 0, err
@@ -234,6 +240,7 @@ def test_resume_tries_again_what_failed(tmp_path: Path) -> None:
     assert after["T-2"]["verdict"] == "pass" and not after["T-2"]["notes"]
     assert after["T-3"]["t_pair_p50_ms"] == 1.0 and "unmeasured" not in after["T-3"] and not after["T-3"]["notes"]
     assert after["T-1"] == before["T-1"], "what was finished was measured again"
+    assert not list(folder.glob("trials/*/state.pt"))
     assert mlflow_runs(tmp_path)["T_sick_run1"] == "FINISHED"
 
 

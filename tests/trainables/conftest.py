@@ -47,7 +47,7 @@ SETTINGS = {
     **{"precision": "float32", "accumulate": 1, "checkpointing": False},
     **{"depth": 0.7, "heads": 0.7, "ffn": 0.7, "init": "inherit"},
 }
-CLOCKS = ("seconds_train", "seconds_val", "seconds_data", "cpu_s")
+CLOCKS = ("seconds_train", "seconds_val", "seconds_data", "epoch_s", "cpu_s")
 
 
 def new_model(seed=0, **config):
