@@ -54,7 +54,6 @@ class Gang:
         self._device = torch.device("cpu")
         self._followers: list[Any] = []
         self._built: list[Any] = []
-        self.nodes: set[str] = set()  # Ray's ids of the nodes of the leader's followers
 
     # ------------------------------------------------------------------ what every worker does
     def share(self, samples: Tensor) -> Tensor:
@@ -67,24 +66,24 @@ class Gang:
             weights = [value for value in module.state_dict().values() if value.is_floating_point()]
             self._together(weights, lambda flat: self._group.broadcast(flat, 0))
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum the gradients over the workers. A parameter that no worker used keeps none: zero would be a step."""
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], losses: Iterable[Tensor]) -> None:
+        """Sum both over the workers, in place. A parameter that no worker used keeps no gradient: zero would be a step."""
         if self.size == 1:
             return
         weights = list(parameters)
         found = [weight.grad if weight.grad is not None else torch.zeros_like(weight) for weight in weights]
         used = torch.tensor([float(weight.grad is not None) for weight in weights])
-        self._together([*found, used], self._sum)
+        self._together([*found, used, *losses], self._sum)
         for weight, gradient, uses in zip(weights, found, used.tolist(), strict=True):
             weight.grad = gradient if uses else None
 
-    def sum(self, values: dict[str, float]) -> dict[str, float]:
-        """The sums over the workers, name by name."""
-        if self.size == 1 or not values:
-            return values
-        summed = torch.tensor(list(values.values()), dtype=torch.float64)
-        self._together([summed], self._sum)
-        return dict(zip(values, summed.tolist(), strict=True))
+    def any(self, here: bool) -> bool:
+        """Whether it holds for one of the workers."""
+        if self.size == 1:
+            return here
+        count = torch.tensor([float(here)])
+        self._together([count], self._sum)
+        return count.item() > 0
 
     def _sum(self, flat: Tensor) -> Any:
         return self._group.allreduce([flat])
@@ -128,21 +127,19 @@ class Gang:
             follower.build.remote(kind, {**config, "rank": rank}) for rank, follower in enumerate(self._followers, 1)
         ]
 
-    def connect(self, device: torch.device, epoch: int, taken: int) -> None:
-        """Wait until all have built the trial, at the leader's `epoch` and step of the next; the first time, connect
-        them.
+    def connect(self, device: torch.device, progress: tuple[int, int]) -> None:
+        """Wait until all have built the trial as far as the leader; the first time, connect them.
+
+        progress: epochs done, and steps of the next one.
 
         Raises what a follower raised, and RuntimeError for one whose host still sees an older state in the storage.
         """
         if not self._built:
             return
-        for rank, (node, *found) in enumerate(ray.get(self._built), 1):
-            self.nodes.add(node)
-            if found != [epoch, taken]:
-                raise RuntimeError(
-                    f"worker {rank} of {self.size} found the state of epoch {found[0]} and {found[1]} steps, not of "
-                    f"{epoch} and {taken}"
-                )
+        for rank, found in enumerate(ray.get(self._built), 1):
+            if found != progress:
+                there, here = (f"epoch {epochs} and {steps} steps" for epochs, steps in (found, progress))
+                raise RuntimeError(f"worker {rank} of {self.size} found the state after {there}, not {here}")
         if self._group is not None:
             return
         host = _own_address()
@@ -193,13 +190,13 @@ class Follower:
     def __init__(self) -> None:
         self._trial: Training | None = None
 
-    def build(self, kind: type[Training], config: dict[str, Any]) -> tuple[str, int, int]:
-        """Build the trial, or the next one; the node it is on, and the epoch and step at which it stands."""
+    def build(self, kind: type[Training], config: dict[str, Any]) -> tuple[int, int]:
+        """Build the trial, or the next one; epochs done, and steps of the next one."""
         if self._trial is None:
             self._trial = kind(config)
         else:
             self._trial.reset_config(config)
-        return ray.get_runtime_context().get_node_id(), self._trial.epoch, self._trial.taken
+        return self._trial.epoch, self._trial.taken
 
     def join(self, host: str, port: int) -> None:
         """Connect to the others at the leader's address."""

@@ -5,7 +5,6 @@ autoscaler, or `ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION`), and Ray 
 """
 
 import time
-from collections.abc import Iterable
 
 import ray
 from ray._private.state import state
@@ -15,10 +14,10 @@ ASK_S = 2.0  # often enough for a notice of half a minute, and nothing beside a 
 _asked = 0.0
 
 
-def noticed(others: Iterable[str] = ()) -> bool:
-    """Whether this node or one of the others, by Ray's ids, is to go; asks every ASK_S seconds, False in between."""
+def noticed() -> bool:
+    """Whether this node is to go, as of at most ASK_S seconds ago; False outside Ray."""
     global _asked
     if time.monotonic() - _asked < ASK_S or not ray.is_initialized():
         return False
     _asked = time.monotonic()
-    return not {ray.get_runtime_context().get_node_id(), *others}.isdisjoint(state.get_draining_nodes())
+    return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()

@@ -100,7 +100,7 @@ class Training(Trainable):
         state = self.folder / "state.pt"
         if state.exists():
             self._restore(checkpoint.load(state, "state"))
-        self.gang.connect(self.device, self.epoch, self.taken)
+        self.gang.connect(self.device, (self.epoch, self.taken))
 
     def ready(self) -> None:
         """Make self.trained trainable: on its device, fast, with a fresh optimiser."""
@@ -174,6 +174,8 @@ class Training(Trainable):
         self.taken, self.sums, self.spent = 0, dict[str, float](), (0.0, 0.0)
 
     def _leave(self) -> NoReturn:
+        if self.gang.rank:
+            raise ConnectionError("the trial leaves: the leader saves it")
         self.spent = (time.perf_counter() - self.started, time.process_time() - self.cpu)
         self._save()
         # The driver reads from this end that it is no failure; the trial starts again on another node.
@@ -184,16 +186,16 @@ class Training(Trainable):
         """What best.pth holds: the plain model, how to build it, and where it comes from."""
         raise NotImplementedError
 
-    def start_epoch(self) -> None:
-        """What an epoch changes in the model before its first step."""
-
     def train_epoch(self) -> dict[str, float]:
-        """The training of one epoch, which every worker of a gang does; its means over the batches."""
+        """The training of an epoch, or of what is left of it, which every worker of a gang does; means over batches."""
         metrics = self._train()
         self.epoch += 1
         self._begin_epoch()
         self.model.eval()
         return metrics
+
+    def start_epoch(self) -> None:
+        """What an epoch changes in the model before its first step."""
 
     def _train(self) -> dict[str, float]:
         if not self.taken:
@@ -208,19 +210,17 @@ class Training(Trainable):
             for name, value in self.train_step(batch, first + self.taken, total).items():
                 self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
             self.taken += 1
-            if self.gang.rank == 0 and preemption.noticed(self.gang.nodes):
+            if self.gang.any(preemption.noticed()):
                 self._leave()
             mark = time.perf_counter()
-        # After a notice the followers took over the leader's sums for their own, which they equal but for the shots.
-        sums = self.gang.sum(self.sums)
-        means = {f"train_{name}": value / self.steps_per_epoch for name, value in sums.items()}
+        means = {f"train_{name}": value / self.steps_per_epoch for name, value in self.sums.items()}
         return {**means, "lr": self.optimizer.rate, "seconds_data": waited}
 
     def train_step(self, batch: Batch, step: int, total: int) -> dict[str, Tensor]:
         """One optimiser step, number `step` of `total`; the loss and its parts, on the graph's device.
 
         With `accumulate` the batch goes through in so many equal pieces, whose gradients are averaged. Of a gang, batch
-        is this worker's share, and the gradients are averaged over all; the loss is this worker's part of the mean.
+        is this worker's share; gradients and the loss are averaged over all.
         """
         rate, pieces = self.rate(step, total), self.settings["accumulate"]
         rows = len(next(iter(batch.values()))) // pieces
@@ -233,7 +233,7 @@ class Training(Trainable):
             torch.autograd.backward(loss / parts_of_mean)
             for name, value in {"loss": loss, **parts}.items():
                 means[name] = means.get(name, 0) + value.detach() / parts_of_mean
-        self.gang.sum_gradients(self.trained.parameters())
+        self.gang.sum_gradients(self.trained.parameters(), means.values())
         nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step(rate)
         return means

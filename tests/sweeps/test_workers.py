@@ -31,12 +31,7 @@ def at_work(driver: subprocess.Popen[str], name: str) -> list[psutil.Process]:
 
 
 def listening(process: psutil.Process) -> set[str]:
-    """Addresses; one that is mapped into IPv6 is what it maps."""
-    return {
-        one.laddr.ip.removeprefix("::ffff:")
-        for one in process.net_connections("inet")
-        if one.status == psutil.CONN_LISTEN
-    }
+    return {one.laddr.ip for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN}
 
 
 def test_a_sweep_trains_with_two_workers_and_outlives_one(tmp_path: Path) -> None:

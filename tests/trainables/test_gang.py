@@ -178,9 +178,7 @@ def test_a_follower_that_cannot_be_built_or_sees_an_older_state_says_so(gang, ti
     with pytest.raises(ray.exceptions.RayError, match="teacher.pth does not exist"):
         steps(gang.lead(Elsewhere, tiny.config("elsewhere")), 1)
     alone(Distill, tiny.config("stale"), 1)
-    with pytest.raises(
-        ray.exceptions.RayError, match="worker 1 of 2 found the state of epoch 0 and 0 steps, not of 1 and 0"
-    ):
+    with pytest.raises(ray.exceptions.RayError, match="worker 1 of 2 found the state after epoch 0 .*, not epoch 1"):
         steps(gang.lead(Stale, tiny.config("stale")), 1)
 
 

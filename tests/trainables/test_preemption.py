@@ -25,7 +25,7 @@ def leaving(monkeypatch):
         raise Left
 
     def start():
-        monkeypatch.setattr(preemption, "noticed", lambda others: True)
+        monkeypatch.setattr(preemption, "noticed", lambda: True)
         monkeypatch.setattr(training, "exit_actor", leave)
 
     return start
