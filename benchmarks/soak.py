@@ -39,6 +39,7 @@ class Small(Trainable):
         self.folder = Path(config["state_dir"])
         state = self.folder / "state.pt"
         self.epoch = int(state.read_text()) if state.exists() else 0
+        self.again = self.epoch > 0
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in the same process."""
@@ -46,14 +47,21 @@ class Small(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """An epoch."""
+        """An epoch; first, what was saved is said again: the driver may not have heard it."""
+        if self.again:
+            self.again = False
+            return self.result()
         time.sleep(EPOCH_S)
-        self.epoch = min(self.epoch + 1, EPOCHS)
+        self.epoch += 1
         (self.folder / "best.pth").write_bytes(WEIGHTS)
         temporary = self.folder / "state.tmp"
         temporary.write_text(str(self.epoch))
         temporary.replace(self.folder / "state.pt")
-        return {"epoch": self.epoch, "val_drop": 0.1 / self.epoch**2, "val_quality": 1.0}
+        return self.result()
+
+    def result(self) -> dict[str, Any]:
+        """The last epoch's."""
+        return {"epoch": self.epoch, "val_drop": 0.1 / self.epoch**2, "val_quality": 1.0, "kept": 1.0}
 
 
 def drive(trials: int, folder: Path) -> int:

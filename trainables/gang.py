@@ -67,7 +67,7 @@ class Gang:
             self._together(weights, lambda flat: self._group.broadcast(flat, 0))
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], losses: Iterable[Tensor]) -> None:
-        """Sum both over the workers, in place. A parameter that none used keeps no gradient: zero would be a step."""
+        """Sum both over the workers, in place. A parameter that no worker used keeps none: zero would be a step."""
         if self.size == 1:
             return
         weights = list(parameters)

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from engines.errors import InputError
-from trainables import checkpoint
+from trainables import checkpoint, preemption
 from trainables import gang as gangs
 from trainables.distill import Distill
 from trainables.gang import refuse_uneven
@@ -45,6 +45,14 @@ class Faulty(Distill):
         if self.epoch == 1 and self.gang.rank == self.sick:
             raise InputError("no room on this card")
         return super()._train()
+
+
+class Leaving(Distill):
+    """The follower's node is to be taken away after the second step of the second epoch."""
+
+    def setup(self, config):
+        preemption.noticed = lambda: self.gang.rank == 1 and (self.epoch, self.taken) == (1, 2)
+        super().setup(config)
 
 
 def steps(leader, count):
@@ -135,6 +143,22 @@ def test_a_killed_follower_ends_the_step_by_name_and_the_trial_goes_on_from_its_
     steps(again, 2)
     pieces = tiny.config("pieces", samples_per_epoch=400, accumulate=2)
     alone(Distill, pieces, 2)
+    assert tiny.same(state(config), state(pieces))
+
+
+@pytest.mark.slow
+def test_all_leave_in_the_middle_of_an_epoch_when_one_has_to(gang, tiny):
+    config, pieces = tiny.config("leaves"), tiny.config("pieces", accumulate=2)
+    leader = gang.lead(Leaving, config)
+    first = steps(leader, 1)
+    with pytest.raises(ray.exceptions.RayError):
+        steps(leader, 1)
+    gang.wait(lambda: not gang.followers())
+    assert checkpoint.load(Path(config["state_dir"]) / "state.pt")["part"]["taken"] == 2
+    again = gang.lead(Leaving, config)
+    assert steps(again, 1) == first
+    found, expected = steps(again, 1), alone(Distill, pieces, 2)
+    assert values(found, "train_loss", "val_drop") == values(expected[1:], "train_loss", "val_drop")
     assert tiny.same(state(config), state(pieces))
 
 
