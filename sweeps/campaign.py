@@ -28,7 +28,7 @@ from rich.console import Console
 
 from engines.errors import InputError
 from sweeps import campaign_screen as screen
-from sweeps import deliverables, flags
+from sweeps import deliverables, flags, placement
 from sweeps.catalogue import PLANS, Stage, select
 from sweeps.conduct import Conductor, Plan
 from sweeps.journal import CAMPAIGN, Journal, read_events
@@ -92,6 +92,7 @@ def take_order(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]],
     shared = f"stages at a time, each with a share of the cluster (default: {SIDE_BY_SIDE}; 1 without --address)"
     add("--side-by-side", type=int, metavar="N", help=shared)
     add("--campaign", metavar="NAME", help="the campaign's name (default: of plan, profile and seed)")
+    placement.add_flags(parser)
     given = parser.parse_args(argv)
     flags.check(given)
     width = given.side_by_side if given.side_by_side is not None else SIDE_BY_SIDE if given.address else 1
@@ -104,6 +105,7 @@ def take_order(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]],
     for flag in ("tracking_uri", "address"):
         value = getattr(given, flag)
         passed += [f"--{flag.replace('_', '-')}", value] if value else []
+    passed += placement.words(placement.read_flags(given))
     plan = Plan(
         name=name, plan=given.plan, profile=given.profile, seed=given.seed, stages=stages,
         selected=select(stages, given.only, given.start, given.skip), folder=storage / name,

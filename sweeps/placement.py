@@ -100,6 +100,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--wait-for-nodes", type=float, default=0.0, metavar="MIN", help="while an autoscaler starts the first one")
 
 
+def words(asked: Placement) -> list[str]:
+    """The flags that ask for this, as they are typed: a campaign hands them to its stages."""
+    given = {
+        "--gpus-per-trial": asked.gpus,
+        "--cpus-per-trial": asked.cpus,
+        "--workers-per-trial": asked.workers if asked.workers > 1 else None,
+        "--max-concurrent": asked.concurrent,
+        "--gpu-memory": asked.gpu_memory,
+        "--latency-on": asked.latency_on,
+        "--wait-for-nodes": asked.wait_min or None,
+    }
+    return [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
+
+
 def read_flags(given: argparse.Namespace) -> Placement:
     """InputError for what no cluster could give."""
     gpus, cpus = given.gpus_per_trial, given.cpus_per_trial

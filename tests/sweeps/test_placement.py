@@ -1,10 +1,13 @@
 """Which nodes a trial may have, and every request that none of them can meet."""
 
+from pathlib import Path
+
 import pytest
 
 from engines.errors import InputError
-from sweeps import flags
-from sweeps.placement import GPU_MEMORY, TYPE, Cluster, Node, Placement, place
+from sweeps import campaign, flags
+from sweeps.catalogue import PLANS
+from sweeps.placement import GPU_MEMORY, TYPE, Cluster, Node, Placement, place, words
 
 
 def node(host: str, cpus: float, gpus: float = 0, kind: str | None = None, memory: int | None = None) -> Node:
@@ -118,3 +121,14 @@ def test_flags_reach_the_placement() -> None:
     assert flags.parse("doc", argv.split()).placement == Placement(0.5, 4, 3, 40, "H100")
     assert flags.parse("doc", ["--workers-per-trial", "4"]).placement == Placement(workers=4)
     assert flags.parse("doc", []).placement == Placement()
+
+
+@pytest.mark.parametrize(
+    "asked", [Placement(), Placement(0.5, 4, 3, 40, "H100", 2.5), Placement(gpus=0.0, cpus=0.5, workers=4)]
+)
+def test_a_campaign_asks_for_the_same_in_each_of_its_stages(asked: Placement, tmp_path: Path) -> None:
+    assert flags.parse("doc", words(asked)).placement == asked
+    argv = ["--plan", "alphaqubit", "--profile", "demo", "--storage", str(tmp_path), *words(asked)]
+    plan = campaign.take_order(argv, PLANS, "campaign").plan
+    command = plan.command(plan.stages[0])
+    assert flags.parse("doc", command[2:]).placement == asked
