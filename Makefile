@@ -4,13 +4,17 @@ PYTHON ?= python3.11
 VENV ?= .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test cluster lint clean
 
 demo: $(READY)
 	$(VENV)/bin/python sweeps/k_grid.py --profile demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# Sweeps over two hosts made of network namespaces; skipped, with the reason, where those are not allowed.
+cluster: $(READY)
+	$(VENV)/bin/python -m pytest -m 'cluster and not slow'
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

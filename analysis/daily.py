@@ -20,8 +20,7 @@ from analysis.words import words_of
 from trainables.record import InputError
 
 COLUMNS = ("日期", "任务ID", "输入/配置", "产出", "判定", "GPUh", "备注")
-_BUSY = ("epoch_s", "cpu_s")
-_ACTIVITY = ("val_drop", *_BUSY)  # every epoch logs one of them
+_ACTIVITY = ("val_drop", "epoch_s", "cpu_s", "workers")  # every epoch logs one of the first three
 _CONFIG = ("T", "beta", "gamma", "rho", "bits_w", "bits_a", "keep_list", "seed")
 _SAID = {"RUNNING": "running", "KILLED": "interrupted", "FAILED": "failed"}
 
@@ -66,9 +65,9 @@ def compute(tracking_uri: str, day: Date) -> Sheet:
     with open_store(tracking_uri) as store:
         for parent in logged_in(store, tracking_uri):
             runs = list(store.children([parent.run_id], whole=True))
-            points: dict[str, list[tuple[str, int, float]]] = {run.run_id: [] for run in runs}
-            for run_id, key, _, time, value in store.metrics([parent.run_id], _ACTIVITY):
-                points[run_id].append((key, time, value))
+            points: dict[str, list[tuple[str, int, int, float]]] = {run.run_id: [] for run in runs}
+            for run_id, key, step, time, value in store.metrics([parent.run_id], _ACTIVITY):
+                points[run_id].append((key, step, time, value))
             records = {run.run_id: _record(run) for run in runs}
             gpu = any(record.get("gpu_hours") is not None for record in records.values())
             for run in runs:
@@ -111,8 +110,8 @@ def _record(run: Run) -> dict[str, Any]:
     return record
 
 
-def _days(run: Run, record: Mapping[str, Any], points: Sequence[tuple[str, int, float]]) -> set[Date]:
-    days = {_day(time) for _, time, _ in points}
+def _days(run: Run, record: Mapping[str, Any], points: Sequence[tuple[str, int, int, float]]) -> set[Date]:
+    days = {_day(time) for _, _, time, _ in points}
     if record.get("datetime"):
         days.add(Datetime.fromisoformat(str(record["datetime"])).astimezone().date())
     if run.status == "RUNNING":
@@ -124,11 +123,14 @@ def _day(ms: int) -> Date:
     return Datetime.fromtimestamp(ms / 1000).date()
 
 
-def _hours(points: Sequence[tuple[str, int, float]], day: Date, gpu: bool) -> float:
-    """Of the clock on an accelerator, else of the CPU: as in the records."""
-    spent = {key: [value for name, time, value in points if name == key and _day(time) == day] for key in _BUSY}
-    clock, cpu = (sum(spent[key]) for key in _BUSY)
-    return (clock if gpu or not spent["cpu_s"] else cpu) / 3600
+def _hours(points: Sequence[tuple[str, int, int, float]], day: Date, gpu: bool) -> float:
+    """Of the clock on the accelerators of all workers, else of the CPU: as in the records."""
+    spent: dict[str, dict[int, float]] = {key: {} for key in _ACTIVITY}
+    for key, step, time, value in points:
+        if _day(time) == day:
+            spent[key][step] = value
+    clock = sum(seconds * spent["workers"].get(step, 1) for step, seconds in spent["epoch_s"].items())
+    return (clock if gpu or not spent["cpu_s"] else sum(spent["cpu_s"].values())) / 3600
 
 
 def _entry(day: Date, parent: Run, run: Run, record: Mapping[str, Any], hours: float, gpu: bool) -> Entry:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+CGROUPS = Path("/sys/fs/cgroup/memory")
 RAY = str(Path(sys.executable).with_name("ray"))
 ROOT = Path(__file__).resolve().parents[1]
 PORT = 6379
@@ -34,6 +35,11 @@ def missing() -> str | None:
     return f"namespaces are not allowed here: {tried.stderr.strip()}" if tried.returncode else None
 
 
+def no_memory_limits() -> str | None:
+    """Why no host can be given less memory than this machine has; None where it can."""
+    return None if os.access(CGROUPS / "cgroup.procs", os.W_OK) else f"no control groups in {CGROUPS} to write"
+
+
 @dataclass
 class Host:
     """One host. holder: the process in whose hands it is; pid: the host's first process; folder: its own disk."""
@@ -44,6 +50,8 @@ class Host:
     holder: subprocess.Popen[bytes]
     pid: int
     env: dict[str, str]
+    ray: subprocess.Popen[bytes] | None = None
+    memory: Path | None = None  # the control group that its processes share
 
     @classmethod
     def start(cls, name: str, address: str, folder: Path) -> "Host":
@@ -73,7 +81,17 @@ class Host:
     def inside(self, *command: str) -> list[str]:
         """The command as it is typed outside."""
         spaces = ["--net", "--mount", "--uts", "--pid"]
-        return ["nsenter", "--target", str(self.pid), *spaces, f"--wd={self.folder}", "--", *command]
+        words = ["nsenter", "--target", str(self.pid), *spaces, f"--wd={self.folder}", "--", *command]
+        if self.memory is None:
+            return words
+        return ["sh", "-c", f'echo $$ > {self.memory}/cgroup.procs && exec "$@"', "sh", *words]
+
+    def limit_memory(self, limit: int) -> None:
+        """From now on this host has so many bytes. Needs control groups of version 1 (`no_memory_limits`)."""
+        self.memory = CGROUPS / f"slimsweep-{self.holder.pid}"
+        self.memory.mkdir()
+        (self.memory / "memory.limit_in_bytes").write_text(str(limit))
+        self.mount(self.memory, CGROUPS)
 
     def call(self, *command: str) -> str:
         """What a short command there prints; CalledProcessError when it fails."""
@@ -90,10 +108,11 @@ class Host:
         ours = ["--head", f"--port={PORT}", "--include-dashboard=false"] if head is None else []
         joins = [] if head is None else [f"--address={head.address}:{PORT}"]
         command = [RAY, "start", "--block", *ours, *joins, f"--node-ip-address={self.address}", f"--num-cpus={cpus}"]
-        process = self.start_process([*command, "--object-store-memory=100000000", *options], log)
+        log.unlink(missing_ok=True)
+        self.ray = self.start_process([*command, "--object-store-memory=100000000", *options], log)
         end = time.monotonic() + seconds
         while "Ray runtime started" not in log.read_text():
-            if time.monotonic() > end or process.poll() is not None:
+            if time.monotonic() > end or self.ray.poll() is not None:
                 raise RuntimeError(f"Ray did not start on {self.name}: {log.read_text()[-2000:]}")
             time.sleep(0.2)
 
@@ -106,6 +125,10 @@ class Host:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self.holder.wait()
+        if self.memory:
+            while (self.memory / "cgroup.procs").read_text():
+                time.sleep(0.05)
+            self.memory.rmdir()
 
 
 @contextlib.contextmanager

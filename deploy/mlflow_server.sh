@@ -2,6 +2,13 @@
 # MLflow beside the head, on localhost, with a login: sh deploy/mlflow_server.sh FOLDER
 # FOLDER keeps the database and the artifacts; the environment (deploy/mlflow_env.py) has the password.
 # A second call while the server runs does nothing.
+#
+# Artifacts in a bucket instead: FOLDER/artifacts.env, mode 600, says where. The server alone reads it and passes all files
+# on, so that drivers and browsers need no key of the bucket:
+#     MLFLOW_ARTIFACTS_DESTINATION=s3://BUCKET/FOLDER
+#     AWS_ACCESS_KEY_ID=...                # these two not where the machine has a role of its own
+#     AWS_SECRET_ACCESS_KEY=...
+#     MLFLOW_S3_ENDPOINT_URL=https://...   # of a store other than Amazon's: MinIO, Ceph
 set -eu
 folder=$1
 port=${MLFLOW_PORT:-5000}
@@ -11,9 +18,15 @@ export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 umask 077
 mkdir -p "$folder"
 cd "$folder" # where basic-auth keeps its users
+if [ -f artifacts.env ]; then
+    set -a
+    . ./artifacts.env
+    set +a
+fi
 # flock is held as long as the server lives: Ray may run its start commands more than once.
 # --allowed-hosts: no other site's page can reach the server through somebody's browser (DNS rebinding).
 nohup flock --nonblock server.lock mlflow server --app-name basic-auth --host 127.0.0.1 --port "$port" --workers 1 \
     --allowed-hosts "localhost,localhost:$port,127.0.0.1,127.0.0.1:$port" \
-    --backend-store-uri "sqlite:///$folder/mlflow.db" --artifacts-destination "$folder/artifacts" \
+    --backend-store-uri "sqlite:///$folder/mlflow.db" \
+    --artifacts-destination "${MLFLOW_ARTIFACTS_DESTINATION:-$folder/artifacts}" \
     >> server.log 2>&1 &

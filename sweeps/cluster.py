@@ -75,7 +75,7 @@ def connect(wanted: Wanted) -> Iterator[Cluster]:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
-    from ray._private import ray_constants
+    from ray._private import ray_constants, utils
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     for name in ("ray", "ray.tune", "ray.data", "ray.train"):
@@ -85,6 +85,8 @@ def connect(wanted: Wanted) -> Iterator[Cluster]:
     if address is None:
         options |= {"address": "local", "num_cpus": cores(), "include_dashboard": False}
         options |= {"_node_ip_address": "127.0.0.1"}
+        # As if ray[default] were not installed: no exporter, and no port of a fixed number that a real head would need.
+        utils.get_dashboard_dependency_error = lambda: ImportError("a sweep on this machine needs no dashboard")
     else:
         root = Path(__file__).resolve().parent.parent
         options |= {
@@ -125,7 +127,7 @@ def _placed(wanted: Wanted) -> Cluster:
 
     gpus = asked.gpus if asked.gpus is not None else float(wanted.needs_gpu or asked.gpu_memory is not None)
     bundle = {"CPU": asked.cpus or 1.0} | ({"GPU": gpus} if gpus else {})
-    one = placement_group([bundle], bundle_label_selector=[asked.labels])
+    one = placement_group([bundle] * asked.workers, bundle_label_selector=[asked.labels] * asked.workers)
     try:
         ray.wait([one.ready()], timeout=60 * asked.wait_min)
         return place(asked, nodes(), wanted.share, wanted.needs_gpu)

@@ -70,6 +70,11 @@ def check(given: argparse.Namespace) -> None:
     for flag in ("storage", "tracking_uri", "address"):
         if getattr(given, flag) == "":
             raise InputError(f"--{flag.replace('_', '-')} is empty: give a value or leave it out")
+    if "://" in given.storage:
+        raise InputError(
+            f"--storage {given.storage}: expected a folder, as a sweep appends to, renames and locks its files; mount "
+            "one on every host (NFS 4, Lustre, CephFS). A bucket can hold MLflow's artifacts: deploy/mlflow_server.sh"
+        )
     if given.seed < 0:
         raise InputError(f"--seed {given.seed}: expected 0 or more")
     if given.campaign is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", given.campaign):

@@ -1,8 +1,9 @@
 """What training cost and what stopping saved, in hours: per trial, stage and campaign, from the sweeps' journals.
 
-Hours are of training and validation, as in the records: on an accelerator the clock's, on a CPU the trainable's own CPU
-time, since on a shared core the clock also counts others' work. Measuring after training is not among them; the wall
-time of a stage has everything. Saved are the epochs that a stopped trial did not run, at its own mean hours per epoch.
+Hours are of training and validation, as in the records: on accelerators the clock's, times the trial's workers, on a
+CPU the trainable's own CPU time, since on a shared core the clock also counts others' work. Measuring after training
+is not among them; the wall time of a stage has everything. Saved are the epochs that a stopped trial did not run, at
+its own mean hours per epoch.
 """
 
 import csv
@@ -62,11 +63,18 @@ class Account:
         return said
 
 
+def of_epoch(metrics: Mapping[str, float], on_gpu: bool) -> float:
+    """Hours that one epoch took: by the clock on each worker's accelerator, else of all workers' CPU; 0 where it does
+    not say.
+    """
+    clock = metrics.get("epoch_s", math.nan) * metrics.get("workers", 1)
+    seconds = clock if on_gpu else metrics.get("cpu_s", clock)
+    return seconds / 3600 if math.isfinite(seconds) else 0.0
+
+
 def trained(trial: TrialState, on_gpu: bool) -> float:
-    """Hours that the trial's epochs took: by the clock on an accelerator, else of the CPU."""
-    busy = "epoch_s" if on_gpu else "cpu_s"
-    seconds = [metrics.get(busy, metrics.get("epoch_s", math.nan)) for _, metrics in trial.results]
-    return sum(second for second in seconds if math.isfinite(second)) / 3600
+    """Hours that the trial's epochs took."""
+    return sum(of_epoch(metrics, on_gpu) for _, metrics in trial.results)
 
 
 def on_gpu(state: SweepState) -> bool:

@@ -27,6 +27,7 @@ from sweeps import cluster as ray_cluster
 from sweeps.ledger import Ledger, inspect
 from sweeps.lineage import best_of
 from sweeps.measure import Bench, compile_best, measure, prepare
+from sweeps.metrics import exported
 from sweeps.placement import Cluster
 from sweeps.plan import Planned, Planner, refuse_hidden
 from sweeps.progress import Clock, Progress
@@ -37,6 +38,7 @@ from sweeps.tracking import Tracker, check_reachable, default_uri
 from sweeps.training import rule_of, train
 from trainables.config import WORDS
 from trainables.domain import DOMAINS, make_domain
+from trainables.gang import refuse_uneven
 
 FLUSH_S = 60.0
 NOTHING = 1
@@ -127,6 +129,7 @@ def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
     kinds = _kinds(sweep, given)
     for trial in sweep.trials:  # what its values alone rule out, before anything looks at a model
         Planner(sweep, resolved, given.seed).plan(trial, seed=given.seed)
+        refuse_uneven({**resolved.values, **trial.params}, given.placement.workers)
     if sweep.measure:
         job = {"domain": sweep.domain, "settings": dict(resolved.values), "seed": given.seed, "trials": kinds}
         resolved = resolved.identified(*sweep.measure.identify(job))
@@ -218,7 +221,7 @@ def _sweep(order: Order, ledger: Ledger, cluster: Cluster, clock: Clock, console
     kinds = _kinds(sweep, order.given)
     seeds = sorted({trial.seed for trial in order.planned})
     bench = Bench(sweep, order.resolved, ledger, cluster, cache, common, kinds, seeds)
-    progress = Progress(console, rule_of(sweep, values).max_evals)
+    progress = Progress(console, rule_of(sweep, values).max_evals, exported(order.name, cluster.gpus > 0))
     clock.mark("set-up")
     with progress.show():
         if sweep.measure:

@@ -20,15 +20,17 @@ from sweeps.cluster import nodes
 from sweeps.hours import trained
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
+from sweeps.memory import told
 from sweeps.placement import Cluster
 from sweeps.plan import Planned
 from sweeps.progress import Progress
 from sweeps.settings import Resolved
 from sweeps.spec import Measures, Sweep
-from sweeps.training import one_line, rule_of
+from sweeps.training import failure, one_line, rule_of
 from trainables.gates import Gate, judge_all
 from trainables.record import Record, finite, now
 
+STATE = "state.pt"  # what trainables/training.py goes on from
 OWN_FIELDS = {field.name for field in fields(Record)} - {"extra"}
 BASELINE = ("chamfer", "absrel", "rmse", "delta1", "params_M", "flops_G", "size_MB",
             "t_pair_p50_ms", "t_pair_p95_ms", "pairs_per_sec")  # fmt: skip
@@ -104,6 +106,11 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
     def write(trial: Planned) -> None:
         record = build_record(bench, trial, found[trial.trial_id])
         bench.ledger.append("record", trial_id=trial.trial_id, record=record.to_dict())
+        state = bench.ledger.trial(trial.trial_id)
+        progress.measured(state)
+        if state.stop and not _unmeasured(record.to_dict()):
+            # Of a trial that is over its best weights are enough; its state is several times as large.
+            (bench.ledger.state_dir(trial.trial_id) / STATE).unlink(missing_ok=True)
 
     for trial in todo:
         if trial not in able:
@@ -168,7 +175,7 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
         "parent": "teacher" if trial.role == "trial" and bench.sweep.measure else None,
         **_params(trial),
         **measured,
-        "stop_reason": "failed" if state.error and not state.stop else state.stop[1] if state.stop else None,
+        "stop_reason": state.stop[1] if state.stop else failure(state.error) if state.error else None,
         "epochs": state.epoch if trial.role == "trial" else None,
         "gpu_hours": hours if bench.cluster.gpus else None,
         "notes": _notes(state, found),
@@ -298,6 +305,8 @@ def _wait(refs: Sequence[Any]) -> list[Any]:
 def _raise(result: Any) -> None:
     if isinstance(result, InputError):
         raise InputError(str(result))
+    if isinstance(result, ray.exceptions.OutOfMemoryError):
+        raise InputError(f"{told(str(result))} while it prepared what all trials share; a larger host can")
     if isinstance(result, Exception):
         raise result
 

@@ -60,19 +60,22 @@ def tags(state: SweepState, trial: TrialState | None, parent_run: str) -> dict[s
     return {key: str(value)[:_LONGEST_TAG] for key, value in shown.items() if value not in (None, "")}
 
 
-def params(state: SweepState, trial: TrialState | None) -> dict[str, str]:
-    """The run's inputs as strings that are plain numbers wherever they can be: T=3.0, beta=0.5, seed=42."""
+def params(state: SweepState, trial: TrialState | None, common: Mapping[str, Any]) -> dict[str, str]:
+    """The run's inputs as strings that are plain numbers wherever they can be: T=3.0, beta=0.5, seed=42.
+
+    common: `training` of the sweep's settings.
+    """
     if trial is None:
         shown = dict(state.header.get("settings") or {})
     else:
         record = trial.record or {}
         shown = {key: record[key] for key in INPUTS if record.get(key) is not None} | trial.params
         if trial.role == "trial":
-            shown = _training(state.header.get("settings") or {}) | shown
+            shown = {**common, **shown}
     return {key: _param(key, value)[:_LONGEST_PARAM] for key, value in shown.items() if value is not None}
 
 
-def _training(settings: Mapping[str, Any]) -> dict[str, Any]:
+def training(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the settings say of training, for what a trial leaves to them: else comparisons of runs would have holes."""
     other = {"search", "seed", *(key for file in WORKLOADS for key in file.model.model_fields)}
     other |= {key for key, value in settings.items() if _is_table(value) or key.startswith(("gate_", "trial "))}

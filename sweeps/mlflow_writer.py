@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,11 @@ class Mirror:
         self._client: MlflowClient | None = None
         self._experiment = ""
         self._earlier = _read_json(journal.parent / CURSOR)
+
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        """Once, as the settings name every trial of the plan: for each of thousands it would take most of the time."""
+        return content.training(self.state.header.get("settings") or {})
 
     def read(self) -> None:
         """Take in the journal's new complete lines."""
@@ -191,7 +197,7 @@ class Mirror:
             tags = content.tags(self.state, trial, self._runs[None].run_id)
             if not run.run_id:
                 self._create(client, run, key, content.name(self.state, trial), tags)
-            self._log(client, run, tags, content.params(self.state, trial))
+            self._log(client, run, tags, content.params(self.state, trial, self._common))
             status = content.status(self.state, trial, over)
             if status == "RUNNING" != run.status:
                 client.update_run(run.run_id, status)

@@ -20,7 +20,8 @@ HOW_TO_LABEL = f"`ray start --labels={GPU_MEMORY}=80` says that a node's cards h
 @dataclass(frozen=True)
 class Placement:
     """What was asked for; None leaves it to what the cluster has. gpus, cpus: per trial. concurrent: trials at a time.
-    gpu_memory: GB that a trial's card must have. latency_on: accelerator type. wait_min: for a node that fits.
+    gpu_memory: GB that a trial's card must have. latency_on: accelerator type. wait_min: for a node that fits. workers:
+    of each trial; gpus and cpus are then those of each worker.
     """
 
     gpus: float | None = None
@@ -29,6 +30,7 @@ class Placement:
     gpu_memory: int | None = None
     latency_on: str | None = None
     wait_min: float = 0.0
+    workers: int = 1
 
     @property
     def labels(self) -> dict[str, str]:
@@ -67,8 +69,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What can be used. slots: trials at a time; gpus, cpus: of each trial; shared_cores: whether a few trials more
-    than slots may share the cores; labels: of the nodes that may have one; latency_on: accelerator type to measure on.
+    """What can be used. slots: trials at a time; workers: of each trial; gpus, cpus: of each worker; shared_cores:
+    whether a few trials more than slots may share the cores; labels: of the nodes that may have one; latency_on:
+    accelerator type to measure on.
     """
 
     slots: int
@@ -77,6 +80,7 @@ class Cluster:
     shared_cores: bool = True
     labels: Mapping[str, str] = field(default_factory=dict)
     latency_on: str | None = None
+    workers: int = 1
 
     def measures_on(self, node: Node) -> bool:
         """Whether latency may be measured there."""
@@ -88,6 +92,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--gpus-per-trial", type=float, metavar="X", help="0 to 1; .5: two trials a card (default: 1 where there are)")
     add("--cpus-per-trial", type=float, metavar="X", help="cores of each trial (default: 1)")
+    many = "GPUs (or cores) that train a trial together; the two flags above are of each (default: %(default)s)"
+    add("--workers-per-trial", type=int, default=1, metavar="N", help=many)
     add("--max-concurrent", type=int, metavar="N", help="trials at a time (default: as many as there is room for)")
     add("--gpu-memory", type=int, metavar="GB", help=f"only cards of that size or larger (label {GPU_MEMORY})")
     add("--latency-on", metavar="TYPE", help="accelerator type on which latency is measured, e.g. H100")
@@ -98,7 +104,14 @@ def read_flags(given: argparse.Namespace) -> Placement:
     """InputError for what no cluster could give."""
     gpus, cpus = given.gpus_per_trial, given.cpus_per_trial
     if gpus is not None and not 0 <= gpus <= 1:
-        raise InputError(f"--gpus-per-trial {gpus:g}: expected 0 to 1, a trial trains on one accelerator at most")
+        raise InputError(f"--gpus-per-trial {gpus:g}: expected 0 to 1; --workers-per-trial 2 trains on two")
+    if given.workers_per_trial < 1:
+        raise InputError(f"--workers-per-trial {given.workers_per_trial}: expected 1 or more")
+    if given.workers_per_trial > 1 and gpus is not None and 0 < gpus < 1:
+        raise InputError(
+            f"--gpus-per-trial {gpus:g}: of --workers-per-trial {given.workers_per_trial} each needs a whole card; "
+            "leave the first out, or give 0 to train on cores"
+        )
     if cpus is not None and (not 0 < cpus < math.inf or (cpus > 1 and cpus != int(cpus))):
         raise InputError(f"--cpus-per-trial {cpus:g}: expected a part of a core, or a whole number of them")
     if given.max_concurrent is not None and given.max_concurrent < 1:
@@ -109,7 +122,10 @@ def read_flags(given: argparse.Namespace) -> Placement:
         raise InputError(f"--gpu-memory {given.gpu_memory}: these trials have no accelerator; drop --gpus-per-trial 0")
     if not 0 <= given.wait_for_nodes < math.inf:
         raise InputError(f"--wait-for-nodes {given.wait_for_nodes:g}: expected minutes, 0 or more")
-    return Placement(gpus, cpus, given.max_concurrent, given.gpu_memory, given.latency_on, given.wait_for_nodes)
+    return Placement(
+        gpus, cpus, given.max_concurrent, given.gpu_memory, given.latency_on, given.wait_for_nodes,
+        given.workers_per_trial,
+    )  # fmt: skip
 
 
 def place(asked: Placement, nodes: Sequence[Node], share: float, needs_gpu: bool) -> Cluster:
@@ -131,9 +147,13 @@ def place(asked: Placement, nodes: Sequence[Node], share: float, needs_gpu: bool
             f"--cpus-per-trial {cpus:g}: no node has so many; the most is {most.offers('CPU'):g}, on {most.host}; "
             "give at most that"
         )
-    slots = max(1, int(room * share)) if asked.concurrent is None else asked.concurrent
+    if room < asked.workers:
+        raise InputError(
+            f"--workers-per-trial {asked.workers}: the cluster has room for {room} workers at a time; give at most that"
+        )
+    slots = max(1, int(room // asked.workers * share)) if asked.concurrent is None else asked.concurrent
     latency_on = _latency_type(asked, [node for node in fitting if _room(node, gpus, cpus)]) if gpus else None
-    return Cluster(slots, gpus, cpus, not gpus and asked == Placement(), asked.labels, latency_on)
+    return Cluster(slots, gpus, cpus, not gpus and asked == Placement(), asked.labels, latency_on, asked.workers)
 
 
 def _is_large(asked: Placement, node: Node) -> bool:
@@ -141,7 +161,7 @@ def _is_large(asked: Placement, node: Node) -> bool:
 
 
 def _room(node: Node, gpus: float, cpus: float) -> int:
-    """Trials at a time; a hundredth forgives that .1 is not quite a tenth."""
+    """Workers at a time; a hundredth forgives that .1 is not quite a tenth."""
     by_cpu = math.floor(node.offers("CPU") / cpus + 0.01)
     return min(by_cpu, math.floor(node.offers("GPU") / gpus + 0.01)) if gpus else by_cpu
 

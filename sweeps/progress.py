@@ -1,9 +1,11 @@
-"""What a person sees while a sweep runs: a live table on a terminal, a line now and then elsewhere; where time went."""
+"""What a person sees while a sweep runs: a live table on a terminal, a line now and then elsewhere; where time went.
+What Prometheus sees is told from here, too.
+"""
 
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import psutil
@@ -14,23 +16,27 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeps.journal import TrialState
+from sweeps.metrics import Metrics
 
 PLAIN_EVERY_S = 10.0
+NAMED = 20  # of those that run, so many are shown
 
 
 @dataclass
 class Progress:
-    """Counts epochs and measurements, and estimates the time left from the pace so far."""
+    """Counts epochs and measurements, and estimates the time left from the pace so far. metrics: None exports none."""
 
     console: Console
     epochs: int
+    metrics: Metrics | None = None
     trials: dict[str, TrialState] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
     phase_s: dict[str, float] = field(default_factory=dict)
     _phase: str = ""
     _since: float = 0.0
     _counted_since: float = 0.0
-    _base: dict[str, int] = field(default_factory=dict)
+    _took_s: float = 0.0
+    _reported: int = 0
     _width: int = 0
     _total: int = 0
     _done: int = 0
@@ -43,6 +49,11 @@ class Progress:
         """The live display for as long as this is open; nothing but plain lines where there is no
         terminal.
         """
+        with self.metrics or nullcontext(), self._live_display():
+            yield
+
+    @contextmanager
+    def _live_display(self) -> Iterator[None]:
         if not self.console.is_terminal:
             yield
             return
@@ -57,8 +68,7 @@ class Progress:
     def phase(self, name: str, total: int = 0) -> Iterator[None]:
         """A part of the sweep; its seconds add up in `phase_s`."""
         self._phase, self._since, self._total, self._done, self._item = name, time.monotonic(), total, 0, ""
-        self._counted_since, self._width = self._since, 0
-        self._base = {trial.trial_id: len(trial.results) for trial in self._mine()}
+        self._counted_since, self._width, self._took_s, self._reported = self._since, 0, 0.0, 0
         self._say(force=True)
         try:
             yield
@@ -68,27 +78,45 @@ class Progress:
     def watch(self, trials: dict[str, TrialState]) -> None:
         """The trials to count; the dict is the sweep's own and grows with it."""
         self.trials = trials
+        if self.metrics:
+            self.metrics.watch(trials.values())
 
     def started(self, trial: TrialState) -> None:
         """A trial runs."""
         self.running.add(trial.trial_id)
         self._width = max(self._width, len(self.running))
+        if self.metrics:
+            self.metrics.started(trial)
         self._say()
 
     def result(self, trial: TrialState) -> None:
         """An epoch ended."""
+        took = trial.results[-1][1].get("epoch_s", math.nan)
+        if took > 0:
+            self._took_s, self._reported = self._took_s + took, self._reported + 1
+        if self.metrics:
+            self.metrics.result(trial)
         self._say()
+
+    def decided(self, seconds: float) -> None:
+        """Whether a trial goes on was decided, so long after its report."""
+        if self.metrics:
+            self.metrics.decided(seconds)
 
     def stopped(self, trial: TrialState) -> None:
         """A trial's training is over."""
-        self.running.discard(trial.trial_id)
+        self._ended(trial)
         epoch, reason, detail = trial.stop or (0, "", "")
         self._line(f"{trial.exp_id}: {reason} after epoch {epoch}. {detail}")
 
     def failed(self, trial: TrialState) -> None:
         """A trial was given up."""
-        self.running.discard(trial.trial_id)
+        self._ended(trial)
         self._line(f"{trial.exp_id}: failed. {trial.error}")
+
+    def measured(self, trial: TrialState) -> None:
+        """A trial has its record."""
+        self._ended(trial)
 
     def item(self, name: str, done: int, total: int | None = None) -> None:
         """`done` of the phase's items (of `total`, where the phase did not know it before) are ready; `name` is at
@@ -108,12 +136,15 @@ class Progress:
     def _training_left_s(self) -> float | None:
         """From the seconds of the epochs themselves: the clock of the phase also holds the start of the workers and,
         for trials side by side, epochs that are nearly done."""
-        new = [trial.results[self._base.get(trial.trial_id, 0) :] for trial in self._mine()]
-        took = [row["epoch_s"] for rows in new for _, row in rows if row.get("epoch_s", math.nan) > 0]
         left = [self.epochs - t.epoch for t in self._mine() if t.stop is None and t.error is None]
-        if not took or not left:
+        if not self._reported or not left:
             return None
-        return sum(took) / len(took) * max(sum(left) / max(1, self._width), *left)
+        return self._took_s / self._reported * max(sum(left) / max(1, self._width), *left)
+
+    def _ended(self, trial: TrialState) -> None:
+        self.running.discard(trial.trial_id)
+        if self.metrics:
+            self.metrics.ended(trial)
 
     def _mine(self) -> list[TrialState]:
         return [trial for trial in list(self.trials.values()) if trial.role == "trial"]
@@ -136,12 +167,16 @@ class Progress:
 
     def _say(self, force: bool = False) -> None:
         if self._live is None and (force or time.monotonic() - self._said > PLAIN_EVERY_S):
-            running = [
-                f"{trial.exp_id} {trial.epoch}/{self.epochs} {percent(_last(trial))}"
-                for trial in self._mine()
-                if trial.trial_id in self.running
-            ]
-            self._line("; ".join([self._headline(), *(running if self._phase == "training" else [])]))
+            running, more = self._shown()
+            said = [f"{trial.exp_id} {trial.epoch}/{self.epochs} {percent(_last(trial))}" for trial in running]
+            self._line("; ".join([self._headline(), *said, *more]))
+
+    def _shown(self) -> tuple[list[TrialState], list[str]]:
+        """Trials that train and are named, and in words how many are not."""
+        if self._phase != "training":
+            return [], []
+        running = [trial for trial in self._mine() if trial.trial_id in self.running]
+        return running[:NAMED], [f"and {len(running) - NAMED} more"] if len(running) > NAMED else []
 
     def _line(self, text: str) -> None:
         self._said = time.monotonic()
@@ -149,11 +184,11 @@ class Progress:
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
-        for trial in self._mine():
-            if trial.trial_id in self.running and self._phase == "training":
-                bar = ProgressBar(total=self.epochs, completed=trial.epoch, width=20)
-                table.add_row(trial.exp_id, bar, f"epoch {trial.epoch}/{self.epochs}", percent(_last(trial)))
-        return Group(Text(self._headline()), table)
+        running, more = self._shown()
+        for trial in running:
+            bar = ProgressBar(total=self.epochs, completed=trial.epoch, width=20)
+            table.add_row(trial.exp_id, bar, f"epoch {trial.epoch}/{self.epochs}", percent(_last(trial)))
+        return Group(Text(self._headline()), table, *map(Text, more))
 
 
 def _last(trial: TrialState) -> float | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from sweeps.stoploss import StopLossRule, best_drop, decide, is_finite
+from sweeps.stoploss import StopLossRule, best_drop, decide, is_finite, is_rung
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -86,8 +86,8 @@ class StopLossScheduler(FIFOScheduler):
         ended = len(history) >= self.rule.max_evals or (len(history) > 0 and not is_finite(history[-1]))
         if trial_id in self.audit.due:
             return self._audited(trial_id) if ended else None
-        # Sorted, so that a replay with other arrival times asks the very same question.
-        peers = [self._before_audit(key) for key in sorted(self.histories) if key != trial_id]
+        # Gathered only where they are looked at: beside thousands of trials that takes longer than the forecast.
+        peers = self._peers(trial_id) if is_rung(len(history), self.rule) else []
         decision = decide(history, peers, self.rule)
         if decision.stop and decision.reason is not None:
             if not ended and best_drop(history) > self.rule.budget and self.audit.is_chosen(trial_id):
@@ -128,10 +128,10 @@ class StopLossScheduler(FIFOScheduler):
     def debug_string(self) -> str:
         return f"Stop-loss at budget {self.rule.budget:g}: {len(self.reasons)} trials ended"
 
-    def _before_audit(self, trial_id: str) -> Sequence[float | None]:
-        """The history as it would be without an audit."""
-        due = self.audit.due.get(trial_id)
-        return self.histories[trial_id][: due[0] if due else None]
+    def _peers(self, trial_id: str) -> list[Sequence[float | None]]:
+        """The other histories, as they would be without an audit."""
+        due, known = self.audit.due, self.histories.items()
+        return [drops[: due[key][0]] if key in due else drops for key, drops in known if key != trial_id]
 
     def _audited(self, trial_id: str) -> tuple[str, str]:
         """Reason and detail of an audited trial at its end."""

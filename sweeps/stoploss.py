@@ -72,7 +72,8 @@ def decide(history: History, peers: Sequence[History], rule: StopLossRule) -> De
     Args:
         history: the trial's drops so far, latest last; None, NaN and infinite mean that an evaluation
             diverged.
-        peers: the other trials' histories, of any length, finished, stopped or running.
+        peers: the other trials' histories, of any length, finished, stopped or running; only looked at where
+            `is_rung` holds.
         rule: budget and patience.
     """
     evals = len(history)
@@ -111,18 +112,31 @@ def decide(history: History, peers: Sequence[History], rule: StopLossRule) -> De
     return Decision(False, None, f"{told}: chance {_percent(chance)}")
 
 
-def _behind(best: float, evals: int, peers: Sequence[History], rule: StopLossRule) -> str | None:
-    """Say how far outside of its rung's top 1/eta a trial is; None inside of it and where no rung judges."""
+def is_rung(evals: int, rule: StopLossRule) -> bool:
+    """Whether a trial is compared with its peers after so many evaluations."""
     rung = rule.grace
     while rung < evals:
         rung *= rule.eta
-    if rung != evals:
+    return rung == evals
+
+
+def _behind(best: float, evals: int, peers: Sequence[History], rule: StopLossRule) -> str | None:
+    """Say how far outside of its rung's top 1/eta a trial is; None inside of it and where no rung judges."""
+    rung = evals
+    if not is_rung(rung, rule):
         return None
-    if sum(len(peer) >= rung for peer in peers) < rule.min_peers:
+    # A diverged peer is the worst of any rung, even of one that it did not live to see. A plain loop: there may be
+    # thousands of peers.
+    reached: list[float] = []
+    long = 0
+    for peer in peers:
+        long += len(peer) >= rung
+        if _diverged(peer):
+            reached.append(math.inf)
+        elif len(peer) >= rung:
+            reached.append(best_drop(peer[:rung]))
+    if long < rule.min_peers:
         return None
-    # A diverged peer is the worst of any rung, even of one that it did not live to see.
-    reached = [math.inf if _diverged(peer) else best_drop(peer[:rung])
-               for peer in peers if len(peer) >= rung or _diverged(peer)]  # fmt: skip
     # The same count that ASHA promotes, at least one; whoever equals the last of them is kept as well.
     kept = max(1, (len(reached) + 1) // rule.eta)
     better = sum(other < best for other in reached)
@@ -154,7 +168,7 @@ def _diverged(history: History) -> bool:
 
 
 def best_drop(history: History) -> float:
-    return min((v for v in history if v is not None and math.isfinite(v)), default=math.inf)
+    return min([v for v in history if v is not None and math.isfinite(v)], default=math.inf)
 
 
 def _percent(fraction: float) -> str:

@@ -2,6 +2,7 @@
 journal.
 """
 
+import errno
 import re
 import shutil
 import tempfile
@@ -18,7 +19,9 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
+from sweeps import memory
 from sweeps.audit import is_chosen
+from sweeps.cluster import nodes
 from sweeps.flags import Flags
 from sweeps.ledger import Ledger
 from sweeps.placement import Cluster
@@ -29,6 +32,9 @@ from sweeps.spec import Sweep
 from sweeps.stoploss import StopLossRule
 
 RETRIES = 3  # without a new epoch in between
+LOOK_S = 30.0  # between two looks at whether there is still a node
+SPARE = 1 << 20  # bytes: with less the storage counts as full
+LEFT = "exit_actor() is called"  # Ray's words for a trial that heard that its node goes (trainables/preemption.py)
 
 
 def rule_of(sweep: Sweep, values: Mapping[str, Any]) -> StopLossRule:
@@ -105,6 +111,7 @@ def train(
             "settings": dict(values),
             "budget": rule.budget,
             "seed": trial.seed,
+            "workers": cluster.workers,
         }
         for trial in waiting
     ]
@@ -114,13 +121,16 @@ def train(
     crowded = cluster.shared_cores and cluster.slots < len(waiting) < 2 * cluster.slots
     cpus = cluster.slots / len(waiting) if crowded else cluster.cpus
     bundle = {"CPU": cpus, "GPU": cluster.gpus} if cluster.gpus else {"CPU": cpus}
-    resources = tune.PlacementGroupFactory([bundle], bundle_label_selector=[dict(cluster.labels)])
+    resources = tune.PlacementGroupFactory(
+        [bundle] * cluster.workers, bundle_label_selector=[dict(cluster.labels)] * cluster.workers
+    )
     for left in ledger.folder.glob(".ray-*"):  # of a driver that was killed
         shutil.rmtree(left, ignore_errors=True)
+    memory.contain()
     scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)
     try:
         tune.Tuner(
-            tune.with_resources(sweep.trainable, resources),
+            tune.with_resources(_stamped(sweep.trainable), resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Queue(configs),
                 scheduler=scheduler,
@@ -138,12 +148,30 @@ def train(
                 verbose=0,
             ),
         ).fit()
+    except Exception as error:
+        # Ray stumbles over its own files, or over ours, in many ways; what a user can mend is said.
+        if broken:
+            raise broken[0] from error
+        if shutil.disk_usage(ledger.folder).free < SPARE:
+            text = "the storage is full: free some space, then go on with --resume"
+            raise OSError(errno.ENOSPC, text, str(ledger.folder)) from error
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     for trial in waiting:
         state = ledger.trial(trial.trial_id)
         if state.stop is None and state.error is None:
             _fail(ledger, trial.trial_id, "Ray ended the trial without a word")
+
+
+def _stamped(trainable: type[Any]) -> type[Any]:
+    """The trainable, with the moment of each report: Ray's own is cut to whole seconds."""
+
+    class Stamped(trainable):  # type: ignore[misc]
+        def step(self) -> dict[str, Any]:
+            return {**super().step(), "timestamp": time.time()}
+
+    return Stamped
 
 
 class _Unsaved:
@@ -196,11 +224,19 @@ class _Watch(_Unsaved, Callback):
     def __init__(self, ledger: Ledger, progress: Progress, broken: list[OSError], hang_s: float) -> None:
         self._ledger, self._progress, self._broken, self._hang_s = ledger, progress, broken, hang_s
         self._heard: dict[str, _Heard] = {}
+        self._looks_at, self._looked = 0.0, time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._broken:
             raise self._broken[0]  # without its journal a sweep must not go on
         now = time.monotonic()
+        if now - self._looked > LOOK_S:
+            self._looked = now
+            if not nodes():
+                raise OSError("Ray has no node left, so that nothing can run; start it again and go on with --resume")
+        if now < self._looks_at:  # Ray steps at every event: a look at 10,000 trials each time would outweigh all else
+            return
+        self._looks_at = now + self._hang_s / 60
         for trial in trials:
             heard = self._heard.get(trial.config["trial_id"])
             if heard and trial.status == Trial.RUNNING and now - heard.at > self._hang_s:
@@ -220,13 +256,17 @@ class _Watch(_Unsaved, Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         heard, epoch = self._heard[trial.config["trial_id"]], int(result.get("epoch", 0))
         heard.at = time.monotonic()
+        self._progress.decided(time.time() - result["timestamp"])  # Ray asks the scheduler first
         if epoch > heard.epoch:  # over days many hosts may go: only a trial that gets nowhere is broken
             heard.epoch, heard.hung, trial.run_metadata.num_failures = epoch, 0, 0
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if LEFT in _last_failure(trial):  # its node was taken away, which says nothing about the trial
+            trial.run_metadata.num_failures -= 1
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial.config["trial_id"]
-        path = Path(str(trial.error_file))
-        error = last_error(path.read_text() if path.is_file() else "lost its worker")
+        error = last_error(_last_failure(trial))
         heard = self._heard.get(trial_id)
         if heard and heard.hung > 1:
             error = f"hung after epoch {heard.epoch}: no report for {self._hang_s / 60:g} min, twice"
@@ -238,11 +278,21 @@ def _fail(ledger: Ledger, trial_id: str, error: str) -> None:
     ledger.append("failed", trial_id=trial_id, error=error)
 
 
+def _last_failure(trial: Any) -> str:
+    path = Path(str(trial.error_file))
+    return path.read_text().split("Failure #")[-1] if path.is_file() else "lost its worker"
+
+
 def last_error(text: str) -> str:
-    """The exception of the last failure in what Ray writes of a trial's failures."""
-    lines = [line.strip() for line in text.split("Failure #")[-1].splitlines() if line.strip()]
+    """The exception in what Ray writes of a trial's failure."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
     return (named or lines or ["unknown error"])[-1][:300]
+
+
+def failure(error: str) -> str:
+    """The stop reason of a trial with this error: out_of_memory (a card, a process, a node) or failed."""
+    return "out_of_memory" if re.search("OutOfMemoryError|out of memory", error) else "failed"
 
 
 def one_line(error: BaseException | str) -> str:

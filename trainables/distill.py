@@ -58,7 +58,8 @@ class Distill(Training):
         order = {int(p): self._shuffled(int(p), count) for p in torch.unique(stream // count)}
         picked = torch.stack([order[int(i) // count][int(i) % count] for i in stream])
         for groups in torch.split(picked, size):
-            yield self.cache.rows((group * groups[:, None] + torch.arange(group)).flatten())
+            own = self.gang.share(groups)
+            yield self.cache.rows((group * own[:, None] + torch.arange(group)).flatten())
 
     def _shuffled(self, turn: int, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)

@@ -149,10 +149,13 @@ class Gate:
         return f"{100 * value:.3g} %" if self.metric in ("drop", "params_down") else f"{value:.4g}"
 
 
+BROKEN = {"diverged": "diverged", "failed": "failed", "out_of_memory": "ran out of memory"}  # they fail in any case
+
+
 def judge_all(record: Record, gates: Sequence[Gate], role: str = "trial") -> Verdict:
     """The worst of the gates' verdicts with all their numbers; a trial that diverged or failed fails in any case."""
-    if record.stop_reason in ("diverged", "failed"):
-        return Verdict("fail", f"the trial {record.stop_reason}; its best weights until then were measured")
+    if record.stop_reason in BROKEN:
+        return Verdict("fail", f"the trial {BROKEN[record.stop_reason]}; its best weights until then were measured")
     if not gates:
         return Verdict("n/a", "no gate")
     verdicts = [one.judge(record, role) for one in gates]

@@ -28,16 +28,19 @@ class Optimizer:
             {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
             {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.rate = 0.0  # of the last step
         self._parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=1.0, betas=_BETAS, fused=True)]
         if matrices:
             self._parts.append(
                 torch.optim.Muon(matrices, lr=1.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             )
 
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step; 1 before the first."""
+        return float(self._parts[0].param_groups[0]["lr"])
+
     def step(self, rate: float) -> None:
         """Update the weights at learning rate `rate` and drop their gradients."""
-        self.rate = rate
         for part in self._parts:
             for group in part.param_groups:
                 group["lr"] = rate

@@ -32,7 +32,9 @@ class Pretrain(Training):
         """Fresh samples, drawn by a thread ahead of their use; of a scene both directions count."""
         groups = self.settings["batch_size"] // self.domain.group
         first = (epoch - 1) * self.steps_per_epoch * groups
-        return fresh(self.domain.pretraining_samples, first, self.steps_per_epoch, groups)
+        return fresh(
+            lambda scenes: self.domain.pretraining_samples(self.gang.share(scenes)), first, self.steps_per_epoch, groups
+        )
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The domain's loss of a teacher."""

@@ -27,14 +27,14 @@ class Prune(Distill):
         state = self.folder / "state.pt"
         return self.domain.load(state) if state.exists() else pruned(cache, self.domain, self.pruning.steps)
 
-    def _train(self) -> dict[str, float]:
+    def start_epoch(self) -> None:
+        """The pruning step that is due."""
         due = self.pruning.step_epochs
         if self.epoch in due[1:]:
             share = (due.index(self.epoch) + 1) / len(due)
             self.model = self.domain.pruned(self.model, share)
             self.trained = nn.ModuleList([self.model, self.heads])
             self.ready()  # momenta of channels that are gone mean nothing
-        return super()._train()
 
     def candidate(self) -> nn.Module:
         """The model at its final width; before the last step a copy that is pruned as far as that at once."""

@@ -58,13 +58,13 @@ class Quantize(Distill):
             result["done"] = True
         return result
 
+    def start_epoch(self) -> None:
+        """Fake quantization, in the last share of the epochs."""
+        if self.epoch + 1 >= self._first_faked:
+            self._fake(self.epoch + 1)
+
     def _train(self) -> dict[str, float]:
-        epoch = self.epoch + 1
-        if epoch == 1:
-            return {"fake_quant": 0.0}
-        if epoch >= self._first_faked:
-            self._fake(epoch)
-        return {**super()._train(), "fake_quant": float(self.faked)}
+        return {**(super()._train() if self.epoch else {}), "fake_quant": float(self.faked)}
 
     def rate(self, step: int, total: int) -> float:
         """Two cycles of warm-up and cosine: one over the epochs in floating point, one over those with rounding."""
@@ -120,7 +120,7 @@ class Quantize(Distill):
         return {**self.domain.export(self._plain()), "quantization": self.policy.to_data(), "origin": origin}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["epoch"] >= self._first_faked:
+        if state["epoch"] + (state["part"]["taken"] > 0) >= self._first_faked:
             self._insert()  # the state holds the quantizers' ranges
         super()._restore(state)
 

@@ -83,6 +83,9 @@ def test_hours_of_an_accelerator_are_the_clocks(empty_uri, tmp_path) -> None:
     run = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'")[0]
     client.log_batch(run.info.run_id, [Metric("cpu_s", 9.0, ms(DAY, 9), 1), Metric("epoch_s", 7200.0, ms(DAY, 9), 1)])
     assert rows(copied, DAY)["K_T3B05_run1"][5] == "2.000"
+    second = {"epoch_s": 3600.0, "cpu_s": 9.0, "workers": 4.0}
+    client.log_batch(run.info.run_id, [Metric(key, value, ms(DAY, 10), 2) for key, value in second.items()])
+    assert rows(copied, DAY)["K_T3B05_run1"][5] == "6.000", "the second epoch took an hour of four accelerators"
 
 
 @pytest.mark.parametrize("text", ["yesterday", "2026-02-30", "30.3.2026", "2026-3-1x", ""])

@@ -1,16 +1,13 @@
 """deploy/mlflow_server.sh, really started: who gets in, by which host name, and that a second call does nothing."""
 
 import base64
-import os
-import signal
-import socket
 import stat
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -19,51 +16,24 @@ from engines.errors import InputError
 from sweeps.tracking import check_reachable
 
 ROOT = Path(__file__).resolve().parents[2]
-PASSWORD = "0123456789abcdef"
+PASSWORD = "0123456789abcdef"  # of tests/deploy/conftest.py
+Serving = Callable[[Path], AbstractContextManager[tuple[str, dict[str, str]]]]
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its address; the password is that of deploy/mlflow_env.py."""
-    pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed")
-    folder = tmp_path_factory.mktemp("mlflow")
-    (folder / "password").write_text(PASSWORD)
-    made = subprocess.run(
-        [sys.executable, str(ROOT / "deploy" / "mlflow_env.py"), str(folder / "password")],
-        **{"capture_output": True, "text": True, "check": True},
-    ).stdout
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    env = {**os.environ, **dict(line.split("=", 1) for line in made.split()), "MLFLOW_PORT": str(port)}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    place = folder / "place"
-    command = ["sh", str(ROOT / "deploy" / "mlflow_server.sh"), str(place)]
-    subprocess.run(command, env=env, check=True, start_new_session=True, stdin=subprocess.DEVNULL)
-    group = 0
-    try:
-        end = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert time.monotonic() < end, (place / "server.log").read_text()
-                time.sleep(0.3)
-        holders = subprocess.run(["fuser", str(place / "server.lock")], capture_output=True, text=True).stdout.split()
-        group = os.getpgid(int(holders[0]))
-        subprocess.run(command, env=env, check=True, stdin=subprocess.DEVNULL)  # a second call: flock sends it home
+def server(tmp_path_factory: pytest.TempPathFactory, serving: Serving) -> Iterator[str]:
+    """Its address; a second call changed nothing, and its files are for its owner alone."""
+    place = tmp_path_factory.mktemp("mlflow") / "place"
+    with serving(place) as (address, env):
+        subprocess.run(
+            ["sh", str(ROOT / "deploy" / "mlflow_server.sh"), str(place)], env=env, check=True, stdin=subprocess.DEVNULL
+        )  # flock sends it home
         time.sleep(1)
-        assert "Address already in use" not in (place / "server.log").read_text()
-        assert (
-            stat.S_IMODE((place / "mlflow.db").stat().st_mode) == 0o600
-            and PASSWORD not in (place / "server.log").read_text()
-        )
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        if group:
-            os.killpg(group, signal.SIGKILL)
+        log = (place / "server.log").read_text()
+        assert "Address already in use" not in log and PASSWORD not in log
+        assert stat.S_IMODE((place / "mlflow.db").stat().st_mode) == 0o600
+        yield address
 
 
 def ask(server: str, password: str | None, host: str | None = None) -> int:

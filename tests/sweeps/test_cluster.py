@@ -2,12 +2,16 @@
 
 import ipaddress
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -15,10 +19,13 @@ import pytest
 
 from engines.errors import InputError
 from sweeps import cluster
+from sweeps.hours import trained
 from sweeps.journal import SweepState
 
 TOY = Path(__file__).with_name("toy_sweep.py")
+NAME = "toy_small_seed42"
 RAY = str(Path(sys.executable).with_name("ray"))
+FIXED = (6379, 8265, 10001, 52365)  # what Ray takes unless told otherwise
 
 
 def free_ports(count: int) -> list[int]:
@@ -59,8 +66,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_worker_niceness": "0",
     }
-    env |= {"RAY_TMPDIR": str(temp), "RAY_USAGE_STATS_ENABLED": "0"}
-    port, manager, nodes, agent = free_ports(4)
+    env |= {"RAY_TMPDIR": str(temp), "RAY_USAGE_STATS_ENABLED": "0", "RAY_metrics_report_interval_ms": "1000"}
+    port, manager, nodes, agent, metrics = free_ports(5)
+    env["EXPORTER"] = f"http://127.0.0.1:{metrics}/metrics"  # for the tests alone
     command = [
         RAY,
         "start",
@@ -75,7 +83,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
         f"--node-manager-port={nodes}",
         "--include-dashboard=false",
     ]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--temp-dir={temp}"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", f"--temp-dir={temp}"]
     log = (token.parent / "head.log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
     try:
@@ -117,6 +125,59 @@ def test_a_sweep_on_this_machine_alone_disturbs_no_cluster_and_is_not_disturbed(
     assert done.returncode == 0 and "T_good_run1" in done.stdout, done.stderr
 
 
+def scraped(exporter: str) -> dict[str, float]:
+    """What the exporter says of sweeps: `name{kind}`, without the labels that all have, and its number."""
+    found = {}
+    with urllib.request.urlopen(exporter, timeout=10) as answer:
+        for line in answer.read().decode().splitlines():
+            if line.startswith("ray_slimsweep_"):
+                name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()
+                said = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+                assert said["sweep"] == NAME, line
+                kind = [said[key] for key in ("verdict", "cause", "unit", "le") if key in said]
+                found[f"{name.removeprefix('ray_slimsweep_')}{kind}"] = float(value)
+    return found
+
+
+def looks(exporter: str, command: list[str], env: dict[str, str]) -> list[dict[str, float]]:
+    """What the exporter says while the sweep runs; of gauges that vanish a while after its end, no more than that."""
+    seen = []
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
+    end = time.monotonic() + 240
+    while driver.poll() is None:
+        assert time.monotonic() < end
+        seen.append(scraped(exporter))
+        time.sleep(0.2)
+    assert driver.returncode == 0
+    return [look for look in seen if "trials_running[]" in look]
+
+
+def test_prometheus_sees_what_the_journal_says(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    address, env = head[0], {**head[1], "TOY_SLEEP": "1"}
+    command = [sys.executable, str(TOY), "--storage", str(tmp_path), "--address", address]
+    seen = looks(env["EXPORTER"], command, env)
+    last = seen[-1]
+    state = SweepState.replay(tmp_path / NAME / "journal.jsonl")
+    trials = [trial for trial in state.trials.values() if trial.role == "trial"]
+    epochs = sum(len(trial.results) for trial in trials)
+    assert max(look["trials_running[]"] for look in seen) == 2 and last["trials_running[]"] == 0
+    assert all(look.keys() <= later.keys() for look, later in pairwise(seen)), "a number that was there is gone"
+    verdicts = Counter((trial.record or {})["verdict"] for trial in trials)
+    causes = Counter(trial.stop[1] for trial in trials if trial.stop)
+    assert {name: n for name, n in last.items() if "finished" in name} == {
+        f"trials_finished['{verdict}']": n for verdict, n in verdicts.items()
+    }
+    assert {name: n for name, n in last.items() if "stopped" in name} == {
+        f"trials_stopped['{cause}']": n for cause, n in causes.items()
+    }
+    assert last["epochs_total[]"] == epochs == last["report_to_decision_seconds_count[]"] > 4
+    assert last["report_to_decision_seconds_bucket['10.0']"] == epochs, "a report waited for longer than ten seconds"
+    assert last["best_drop[]"] == pytest.approx(min(trial.best_drop for trial in trials))
+    assert last["training_hours['CPU']"] == pytest.approx(sum(trained(trial, on_gpu=False) for trial in trials))
+    again = looks(env["EXPORTER"], [*command, "--resume"], env)[-1]
+    assert again == pytest.approx(last), "a resumed sweep counts what was done before"
+
+
 def test_a_local_sweep_listens_on_the_loopback_alone_and_keeps_its_secrets(tmp_path: Path) -> None:
     """It asks for its token; and that, and MLflow's password, stand in no file, no log and no process list."""
     env = {**os.environ, "TOY_SLEEP": "1", "TOY_EPOCHS": "60"} | {"RAY_AUTH_MODE": "disabled"}
@@ -137,6 +198,7 @@ def test_a_local_sweep_listens_on_the_loopback_alone_and_keeps_its_secrets(tmp_p
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
                     assert address_of(connection.laddr.ip).is_loopback, (process.cmdline(), connection.laddr)
+                    assert connection.laddr.port not in FIXED, "a real head on this machine would find it taken"
                     ports[process.name()] = connection.laddr.port
         assert len(ports) >= 3
         join = f"from ray._raylet import GcsClient; print(GcsClient('127.0.0.1:{ports['gcs_server']}').cluster_id)"

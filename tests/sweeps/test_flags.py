@@ -34,6 +34,7 @@ def test_everything_given() -> None:
         (["--search", "random"], "random"),
         (["--profile", "huge"], "huge"),
         (["--seed", "-1"], "--seed -1"),
+        (["--storage", "s3://bucket/runs"], "--storage s3://bucket/runs: expected a folder"),
         (["--audit", "20"], "--audit 20: expected a share from 0 to 1"),
         (["--audit", "nan"], "--audit nan"),
         (["--audit", "-0.1"], "--audit -0.1"),

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sweeps.journal import SweepState, read_events
@@ -226,6 +227,12 @@ def test_resume_tries_again_what_failed(tmp_path: Path) -> None:
     assert before["T-3"]["unmeasured"] == "latency" and before["T-3"]["t_pair_p50_ms"] is None
     assert "latency not measured: RuntimeError: the toy cannot be timed" in before["T-3"]["notes"]
 
+    # What can still go on keeps the state to go on from.
+    going_on = {
+        t.task_id: bool(list((folder / "trials" / key).glob("state.pt"))) for key, t in replay(folder).trials.items()
+    }
+    assert going_on == {"P0-2": False, "T-1": False, "T-2": True, "T-3": True}
+
     (folder / "healed").touch()
     code, _, err = finish(start(tmp_path, "--resume", **env))
     assert code == 0, err
@@ -234,6 +241,7 @@ def test_resume_tries_again_what_failed(tmp_path: Path) -> None:
     assert after["T-2"]["verdict"] == "pass" and not after["T-2"]["notes"]
     assert after["T-3"]["t_pair_p50_ms"] == 1.0 and "unmeasured" not in after["T-3"] and not after["T-3"]["notes"]
     assert after["T-1"] == before["T-1"], "what was finished was measured again"
+    assert not list(folder.glob("trials/*/state.pt"))
     assert mlflow_runs(tmp_path)["T_sick_run1"] == "FINISHED"
 
 
@@ -308,3 +316,18 @@ def test_a_sweep_that_exists_needs_resume_and_the_same_settings(faulty: tuple[Pa
             code, out, err = finish(start(storage, *flags, *more.split(), *dry))
             assert code == 2 and said in err and "--storage" in err and err.count("\n") == 1 and not out
     assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_machine_whose_ray_died_is_not_waited_for(tmp_path: Path) -> None:
+    process = start(tmp_path, TOY_SLEEP="5")
+    path = tmp_path / NAME / "journal.jsonl"
+    end = time.monotonic() + 200
+    while not (path.is_file() and '"result"' in path.read_text()):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.2)
+    (raylet,) = (p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "raylet")
+    raylet.kill()
+    code, _, err = finish(process)
+    assert code != 0 and replay(tmp_path / NAME).ended != "finished"
+    assert "error: " in err and "--resume" in err, err

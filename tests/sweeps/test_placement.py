@@ -55,6 +55,18 @@ def test_latency_is_measured_on_one_kind() -> None:
         place(Placement(latency_on="H100"), [LARGE], 1.0, needs_gpu=True)
 
 
+def test_several_workers_of_a_trial_count_over_nodes() -> None:
+    """Two nodes of 4 and 2 cores have three trials of two workers, or two of three: a trial may lie on both."""
+    found = place(Placement(workers=2), CORES, 1.0, needs_gpu=False)
+    assert found == Cluster(slots=3, shared_cores=False, workers=2)
+    assert place(Placement(workers=3), CORES, 1.0, needs_gpu=False).slots == 2
+    assert place(Placement(workers=6), CORES, 1.0, needs_gpu=False).slots == 1
+    assert place(Placement(workers=2), CORES, 0.7, needs_gpu=False).slots == 2
+    assert place(Placement(workers=2, cpus=3), [node("a", 4), node("b", 4)], 1.0, needs_gpu=False).slots == 1
+    cards = place(Placement(workers=4, gpu_memory=80), [SMALL, LARGE], 1.0, needs_gpu=True)
+    assert (cards.slots, cards.gpus, cards.workers) == (1, 1.0, 4)
+
+
 @pytest.mark.parametrize(
     ("asked", "nodes", "said"),
     [
@@ -62,6 +74,12 @@ def test_latency_is_measured_on_one_kind() -> None:
         (Placement(gpus=1), CORES, "--gpus-per-trial 1: none of 2 nodes has one"),
         (Placement(gpus=1), [node("half", 4, 0.5)], "--gpus-per-trial 1: the most is 0.5, on half"),
         (Placement(cpus=16), [HEAD, SMALL, LARGE], "--cpus-per-trial 16: no node has so many; the most is 8"),
+        (
+            Placement(gpus=0, workers=7),
+            CORES,
+            "--workers-per-trial 7: the cluster has room for 6 workers at a time",
+        ),
+        (Placement(workers=5, concurrent=1), [LARGE], "--workers-per-trial 5: the cluster has room for 4 workers"),
         (Placement(gpus=0, cpus=5), CORES, "--cpus-per-trial 5: no node has so many; the most is 4, on one"),
     ],
 )
@@ -80,6 +98,8 @@ def test_what_no_node_has_is_refused(asked: Placement, nodes: list[Node], said: 
         "--cpus-per-trial 0",
         "--cpus-per-trial 1.5",
         "--cpus-per-trial inf",
+        "--workers-per-trial 0",
+        "--gpus-per-trial 0.5 --workers-per-trial 2",
         "--max-concurrent 0",
         "--gpu-memory 0",
         "--gpu-memory 40 --gpus-per-trial 0",
@@ -96,4 +116,5 @@ def test_flags_that_no_cluster_could_meet(argv: str) -> None:
 def test_flags_reach_the_placement() -> None:
     argv = "--gpus-per-trial .5 --cpus-per-trial 4 --max-concurrent 3 --gpu-memory 40 --latency-on H100"
     assert flags.parse("doc", argv.split()).placement == Placement(0.5, 4, 3, 40, "H100")
+    assert flags.parse("doc", ["--workers-per-trial", "4"]).placement == Placement(workers=4)
     assert flags.parse("doc", []).placement == Placement()

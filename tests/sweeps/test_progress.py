@@ -75,3 +75,15 @@ def test_training_is_estimated_from_its_own_epochs_and_not_before_there_is_one(c
             states[name].stop = (3, "stop_loss", "")
         assert progress.time_left_s() == pytest.approx(6.0 * 9), "one trial alone cannot be trained by two"
     assert "about" in text(progress)
+
+
+def test_of_many_trials_that_run_a_few_are_named(clock: Clock) -> None:
+    progress, states = shown(), trials(*[0] * 1000)
+    progress.watch(states)
+    with progress.phase("training"):
+        for state in states.values():
+            progress.running.add(state.trial_id)
+        clock.now += 11
+        progress.started(states["t0"])
+    line = text(progress).strip().splitlines()[-1]
+    assert line.endswith("K_t19_run1 0/10 -; and 980 more"), line

@@ -13,11 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from ray.actor import exit_actor
 from ray.tune import Trainable
 
 from sweeps.launch import main
 from sweeps.measure import BASELINE
 from sweeps.spec import Gate, Sweep, Trial, uniform
+from trainables import preemption
 
 SLEEP = float(os.environ.get("TOY_SLEEP", "0"))
 EPOCHS = int(os.environ.get("TOY_EPOCHS", "4"))
@@ -25,14 +27,14 @@ EPOCHS = int(os.environ.get("TOY_EPOCHS", "4"))
 
 class Toy(Trainable):
     """drop = floor + 0.1 / epoch^2; `fault` at epoch `at`: raise, nan, kill (once), sick (raise until healed), hang
-    (once, or always).
+    (once, or always), memory (more than there is), stumble (raise once before every epoch).
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         self.config_ = config
         self.folder = Path(config["state_dir"])
         self.params = config["params"]
-        state = self.folder / "state.json"
+        state = self.folder / "state.pt"
         self.epoch = json.loads(state.read_text())["epoch"] if state.exists() else 0
         self.again = self.epoch > 0
 
@@ -44,7 +46,11 @@ class Toy(Trainable):
         if self.again:  # what was saved may not have been reported
             self.again = False
             return self.report()
-        time.sleep(self.params.get("sleep", 0))
+        end = time.monotonic() + self.params.get("sleep", 0)
+        while time.monotonic() < end:
+            time.sleep(min(0.2, max(0, end - time.monotonic())))
+            if preemption.noticed():
+                exit_actor()
         fault, at = self.params.get("fault"), self.params.get("at", 2)
         if fault == "raise" and self.epoch + 1 == at:
             raise RuntimeError("the toy broke")
@@ -54,6 +60,14 @@ class Toy(Trainable):
         if fault == "kill" and self.epoch + 1 == at and not once.exists():
             once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        stumbled = self.folder / f"stumbled_{self.epoch}"
+        if fault == "stumble" and not stumbled.exists():
+            stumbled.touch()
+            raise RuntimeError("the toy stumbled")
+        hoard = []
+        while fault == "memory" and self.epoch + 1 == at:
+            hoard.append(b"1" * (20 << 20))
+            time.sleep(0.1)
         if fault == "hang" and self.epoch + 1 == at and (self.params["always"] or not (self.folder / "hung").exists()):
             (self.folder / "hung").touch()
             time.sleep(10_000)
@@ -64,7 +78,7 @@ class Toy(Trainable):
         (self.folder / "best.pth").write_text(f"weights after epoch {self.epoch}")
         temporary = self.folder / "state.tmp"
         temporary.write_text(json.dumps({"epoch": self.epoch}))
-        temporary.replace(self.folder / "state.json")
+        temporary.replace(self.folder / "state.pt")
         return self.report()
 
     def report(self) -> dict[str, Any]:
@@ -148,9 +162,18 @@ TRIALS = {
         Trial("T-2", combo="sick", keyparams="", fault="sick", at=3),
         Trial("T-3", combo="shy", keyparams="", fault="shy"),
     ],
+    "steady": [
+        Trial("T-1", combo=name, keyparams="", floor=number / 1000, sleep=SLEEP, saves=f"{name}.pth")
+        for number, name in enumerate("abc")
+    ],
     "hanging": [
         Trial("T-1", combo="once", keyparams="", fault="hang", always=False, saves="good.pth"),
         Trial("T-2", combo="always", keyparams="", fault="hang", always=True),
+        Trial("T-3", combo="stumbles", keyparams="", fault="stumble"),
+    ],
+    "greedy": [
+        Trial("T-1", combo="good", keyparams="", floor=0.0, sleep=SLEEP, saves="good.pth"),
+        Trial("T-2", combo="greedy", keyparams="", fault="memory", at=3),
     ],
     "hopeless": [Trial("T-1", combo="raises", keyparams="", fault="raise", at=1)],
     "baseline": [],

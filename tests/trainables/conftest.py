@@ -4,13 +4,19 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
+import ray
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from sweeps.cluster import Wanted, connect
 from trainables import checkpoint
 from trainables.dust3r.domain import SMALL_TEACHER, Dust3r
 from trainables.dust3r.model import from_reference_config
@@ -41,7 +47,7 @@ SETTINGS = {
     **{"precision": "float32", "accumulate": 1, "checkpointing": False},
     **{"depth": 0.7, "heads": 0.7, "ffn": 0.7, "init": "inherit"},
 }
-CLOCKS = ("seconds_train", "seconds_val", "seconds_data", "cpu_s")
+CLOCKS = ("seconds_train", "seconds_val", "seconds_data", "epoch_s", "cpu_s")
 
 
 def new_model(seed=0, **config):
@@ -133,6 +139,52 @@ def tiny(teacher_file, tmp_path):
         **{"new_model": new_model, "save_model": save_model, "same": same, "without_clocks": without_clocks},
         domain=lambda seed=7, **changes: Dust3r(settings(**changes), seed),
     )
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with connect(Wanted(None)):
+        yield
+
+
+@pytest.fixture
+def gang(cluster):
+    """gang.lead(kind, config): the actor of a trial of two workers, placed as Tune places it; it takes the place of the
+    last one. gang.followers(): the living processes of those that follow. gang.wait(condition): until it holds, or a
+    failure after a minute.
+    """
+    groups = []
+
+    def lead(kind, config):
+        free()
+        groups.append(placement_group([{"CPU": 0.5}] * 2))
+        ray.get(groups[-1].ready(), timeout=60)
+        place = PlacementGroupSchedulingStrategy(groups[-1], 0, placement_group_capture_child_tasks=True)
+        return ray.remote(kind).options(num_cpus=0.5, scheduling_strategy=place).remote({**config, "workers": 2})
+
+    def free():
+        while groups:
+            remove_placement_group(groups.pop())
+
+    def followers():
+        mine = psutil.Process().children(recursive=True)
+        return [process for process in mine if named(process).startswith("ray::Follower")]
+
+    def wait(condition):
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end, "in vain"
+            time.sleep(0.05)
+
+    yield SimpleNamespace(lead=lead, followers=followers, wait=wait)
+    free()
+    wait(lambda: not followers())
+
+
+def named(process):
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 @pytest.fixture(autouse=True)

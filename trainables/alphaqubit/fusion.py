@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -151,7 +150,9 @@ class Fuse(Training):
         """Shots never seen before, drawn by a thread ahead of their use."""
         size = self.settings["batch_size"]
         first = (epoch - 1) * self.steps_per_epoch * size
-        return fresh(partial(self.domain.samples, "probes"), first, self.steps_per_epoch, size)
+        return fresh(
+            lambda shots: self.domain.samples("probes", self.gang.share(shots)), first, self.steps_per_epoch, size
+        )
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The cross entropies of the probes, each on its own."""

@@ -1,0 +1,61 @@
+"""deploy/mlflow_server.sh, really started."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PASSWORD = "0123456789abcdef"
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _serving(place: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    (place.parent / "password").write_text(PASSWORD)
+    made = subprocess.run(
+        [sys.executable, str(ROOT / "deploy" / "mlflow_env.py"), str(place.parent / "password")],
+        **{"capture_output": True, "text": True, "check": True},
+    ).stdout
+    port = free_port()
+    env = {**os.environ, **dict(line.split("=", 1) for line in made.split()), "MLFLOW_PORT": str(port)}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    command = ["sh", str(ROOT / "deploy" / "mlflow_server.sh"), str(place)]
+    subprocess.run(command, env=env, check=True, start_new_session=True, stdin=subprocess.DEVNULL)
+    group = 0
+    try:
+        end = time.monotonic() + 240
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert time.monotonic() < end, (place / "server.log").read_text()
+                time.sleep(0.3)
+        holders = subprocess.run(["fuser", str(place / "server.lock")], capture_output=True, text=True).stdout.split()
+        group = os.getpgid(int(holders[0]))
+        yield f"http://127.0.0.1:{port}", env
+    finally:
+        if group:
+            os.killpg(group, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[Path], AbstractContextManager[tuple[str, dict[str, str]]]]:
+    """Start the server in a folder: its address, and the environment of those who may write to it."""
+    pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed")
+    return _serving
