@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from engines.errors import InputError, command_line
+from engines.untrusted import yaml_data
 from trainables.config import DistillSettings, WorkloadSettings
 from trainables.dust3r import released, scene_report
 from trainables.dust3r.config import Config
@@ -41,7 +42,7 @@ def settings(profile: str, changes: list[str]) -> dict[str, Any]:
         key, given, value = change.partition("=")
         if not given or key not in values:
             raise InputError(f"--set {change}: expected KEY=VALUE, KEY of workload.yaml or distill.yaml")
-        values[key] = yaml.safe_load(value)
+        values[key] = yaml_data(value, f"--set {key}")
     return values
 
 
@@ -93,7 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(given.run(given))
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"{'.'.join(map(str, first['loc'])) or 'settings'}: {first['msg']}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        key = ".".join(map(str, first["loc"]))  # empty where several do not go together: the message names them
+        raise InputError(f"{key}={first['input']!r}: {said}" if key else said) from None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ corner of the image, so the first pixel's centre is at (.5, .5) and a centred pr
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from engines.errors import InputError
 
 Floats = npt.NDArray[np.floating]
 
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 ORTHONORMAL = 0.02  # how far a recorded rotation may be from one; what is nearer is made one
 
 
@@ -175,7 +173,7 @@ def read_arrays(path: Path, *names: str) -> list[npt.NDArray[np.generic]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return [file[name] for name in names]
-    except _DAMAGED as error:
+    except Exception as error:  # of a damaged file zip, zlib and numpy's header parser each have their own
         raise BrokenFrame(f"{path.name}: {_line(error)}") from None
 
 
@@ -184,13 +182,21 @@ def names_of_arrays(path: Path) -> list[str]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return list(file.files)
-    except (*_DAMAGED, AttributeError) as error:  # AttributeError: one array, not several
+    except Exception as error:  # as in read_arrays
         raise InputError(f"{path}: no .npz file ({_line(error)})") from None
+
+
+def numbers(array: npt.NDArray[np.generic], *shapes: tuple[int, ...]) -> Floats:
+    """float64 of what a file holds. BrokenFrame where that is no number, or of none of the shapes."""
+    if array.dtype.kind not in "fiu" or array.shape not in shapes:
+        wanted = " or ".join(map(str, shapes))
+        raise BrokenFrame(f"found {array.dtype} of shape {array.shape}, expected numbers of shape {wanted}")
+    return array.astype(np.float64)
 
 
 def from_centres(intrinsics: npt.NDArray[np.generic]) -> Floats:
     """Intrinsics in this module's convention, of some whose coordinates start at the first pixel's CENTRE (OpenCV)."""
-    k = np.array(intrinsics[:3, :3], np.float64)
+    k = numbers(intrinsics, (3, 3), (4, 4))[:3, :3]
     k[:2, 2] += 0.5
     return k
 

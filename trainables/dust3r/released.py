@@ -65,7 +65,7 @@ def _read_hub(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Te
             )
     try:
         arguments = json.loads(config.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{config}: not JSON ({error}); download it again") from None
     if not isinstance(arguments, dict):
         raise InputError(f"{config}: expected a mapping of constructor arguments, found {type(arguments).__name__}")
@@ -79,6 +79,8 @@ def _tensors(path: Path, weights: Any) -> dict[str, Tensor]:
     """The state dict in float32, each tied tensor under both of its names."""
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{path}: 'model' is no state dict of tensors; expected the published checkpoint's")
+    if odd := [str(key) for key, value in weights.items() if not _whole(value)]:
+        raise InputError(f"{path}: not stored in full: {_listed(odd)}; save the file again with plain tensors")
     found = {str(key): value.float() for key, value in weights.items()}
     for key in list(found):
         if match := _TIED.fullmatch(key):
@@ -86,6 +88,13 @@ def _tensors(path: Path, weights: Any) -> dict[str, Tensor]:
         elif match := re.fullmatch(r"(downstream_head[12]\.dpt\.scratch\.)layer([1-4])_rn\.weight", key):
             found.setdefault(f"{match[1]}layer_rn.{int(match[2]) - 1}.weight", found[key])
     return found
+
+
+def _whole(value: Tensor) -> bool:
+    """Whether every number of a tensor is stored: a few bytes can claim any shape."""
+    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def _arguments(path: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -154,34 +163,44 @@ def _config(path: Path, arguments: Mapping[str, Any], weights: Mapping[str, Tens
     stated = {key: arguments[key] for key in _STATED if key in arguments}
     try:
         return Config(**{**shapes, **heads, **stated})
-    except (TypeError, ValueError) as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in {**heads, **stated}.items())
+        raise InputError(
+            f"{path}: an argument of the model is of another kind than expected ({error}): {given}"
+        ) from None
 
 
 def _from_shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Every argument that the shapes decide. KeyError for a name without which there is no telling."""
 
     def depth(stack: str) -> int:
-        layers = {int(key.split(".")[1]) for key in weights if re.match(rf"{stack}\.\d+\.", key)}
-        return max(layers, default=-1) + 1
+        layers = {int(key.split(".")[1]) for key in weights if re.match(rf"{stack}\.\d{{1,3}}\.", key)}
+        return max(layers, default=-1) + 1  # one name must not ask for a million layers: longer numbers are extra keys
 
-    patch, decoder = weights["patch_embed.proj.weight"].shape, weights["decoder_embed.weight"].shape
+    def shape(name: str, rank: int) -> torch.Size:
+        if name not in weights or weights[name].ndim != rank:
+            raise KeyError(f"{name} of {rank} dimensions")
+        return weights[name].shape
+
+    patch, decoder = shape("patch_embed.proj.weight", 4), shape("decoder_embed.weight", 2)
     found: dict[str, Any] = {
         "patch_size": patch[-1],
         "enc_embed_dim": patch[0],
         "enc_depth": depth("enc_blocks"),
         "dec_embed_dim": decoder[0],
         "dec_depth": depth("dec_blocks"),
-        "enc_mlp_hidden": weights["enc_blocks.0.mlp.fc1.weight"].shape[0],
-        "dec_mlp_hidden": weights["dec_blocks.0.mlp.fc1.weight"].shape[0],
+        "enc_mlp_hidden": shape("enc_blocks.0.mlp.fc1.weight", 2)[0],
+        "dec_mlp_hidden": shape("dec_blocks.0.mlp.fc1.weight", 2)[0],
         "head_type": "linear",
     }
     head = "downstream_head1.dpt."
     if any(key.startswith(head) for key in weights):
-        posts = (weights[f"{head}act_postprocess.{i}.0.weight"].shape[0] for i in range(4))
+        posts = (shape(f"{head}act_postprocess.{i}.0.weight", 4)[0] for i in range(4))
         found |= {"head_type": "dpt", "layer_dims": tuple(posts)}
-        found["feature_dim"] = weights[f"{head}scratch.refinenet1.out_conv.weight"].shape[0]
-        found["last_dim"] = weights[f"{head}head.2.weight"].shape[0]
+        found["feature_dim"] = shape(f"{head}scratch.refinenet1.out_conv.weight", 4)[0]
+        found["last_dim"] = shape(f"{head}head.2.weight", 4)[0]
     elif "downstream_head1.proj.weight" not in weights:
         raise KeyError("downstream_head1.proj.weight and downstream_head1.dpt.*")
     return found

@@ -1,5 +1,6 @@
 """Every reader on files written in its layout, and 7-Scenes on real frames where they are at hand."""
 
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_lists_that_are_none_are_one_line(tmp_path):
         "co3d": ("selected_seqs_train.json", b"[1, 2"),
         "co3d list": ("selected_seqs_train.json", b"[1, 2]"),
         "mvs": ("blendedmvs_pairs.npy", b"nothing"),
+        "mvs empty": ("blendedmvs_pairs.npy", b""),
         "mega": ("all_metadata.npz", b"nothing"),
     }
     for name, (file, data) in cases.items():
@@ -84,6 +86,66 @@ def test_lists_that_are_none_are_one_line(tmp_path):
         with pytest.raises(InputError, match=file) as error:
             layouts.scenes(folder)
         assert "\n" not in str(error.value)
+
+    write(written.sevenscenes, tmp_path / "scenes")
+    (tmp_path / "scenes" / "chess" / "TestSplit.txt").write_bytes(b"\xff none")
+    with pytest.raises(InputError, match=r"TestSplit.txt: names no sequence"):
+        layouts.scenes(tmp_path / "scenes")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"scenes": 1.0}, {"images": "x"}, {"sceneids": ["a"]}, {"pairs": 3}, {"pairs": [1, 2]}, {"pairs": [[0, -1]]}],
+    ids=str,
+)
+def test_lists_of_other_shapes_are_one_line(change, tmp_path):
+    write(written.scannetpp, tmp_path / "data")
+    lists = tmp_path / "data" / "all_metadata.npz"
+    np.savez(lists, **{**np.load(lists), **change})
+    with pytest.raises(InputError, match="all_metadata.npz") as error:
+        layouts.scenes(tmp_path / "data")
+    assert "\n" not in str(error.value)
+
+
+def test_listed_pairs_may_have_scores(tmp_path):
+    write(written.scannetpp, tmp_path / "data")
+    plain = layouts.scenes(tmp_path / "data")[1]
+    lists = tmp_path / "data" / "all_metadata.npz"
+    arrays = dict(np.load(lists))
+    arrays["pairs"] = np.column_stack([arrays["pairs"], np.full(len(arrays["pairs"]), 0.7)])
+    np.savez(lists, **arrays)
+    assert [scene.pairs for scene in layouts.scenes(tmp_path / "data")[1]] == [scene.pairs for scene in plain]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"camera_pose": "x"}, {"camera_pose": np.eye(3)}, {"camera_intrinsics": 1.0}, {"camera_intrinsics": np.eye(2)},
+     {"maximum_depth": []}, {"maximum_depth": "far"}],
+    ids=str,
+)  # fmt: skip
+def test_a_camera_that_is_none_breaks_its_frame_alone(change, tmp_path):
+    write(written.co3d, tmp_path / "data")
+    (scene, *_) = layouts.scenes(tmp_path / "data")[1]
+    camera = tmp_path / "data" / scene.name / "images" / f"{scene.frames[0]}.npz"
+    np.savez(camera, **{**np.load(camera), **change})
+    with pytest.raises(BrokenFrame, match="expected numbers of shape"):
+        scene.read(scene.frames[0])
+    scene.read(scene.frames[1])
+
+
+def test_damaged_arrays_break_their_frame_alone(tmp_path):
+    write(written.wildrgbd, tmp_path / "data")
+    (scene,) = layouts.scenes(tmp_path / "data")[1]
+    camera = tmp_path / "data" / scene.name / "metadata" / f"{scene.frames[0]}.npz"
+    np.savez_compressed(camera, **np.load(camera))
+    whole = camera.read_bytes()
+    for place in range(0, len(whole), 7):  # local headers, streams, directory: zip, zlib and numpy have a say each
+        camera.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(BrokenFrame):
+            scene.read(scene.frames[0])
+    np.save(camera.open("wb"), np.zeros(3))
+    with pytest.raises(BrokenFrame, match="npz"):
+        scene.read(scene.frames[0])
 
 
 def test_pickles_in_lists_are_refused(tmp_path):

@@ -130,9 +130,23 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
     assert "and 67 more" in refused(write_pth(tmp_path / "half.pth", LINEAR, half), "72 missing")
 
 
+def test_tensors_that_no_model_has_are_one_line(tmp_path):
+    weights = model_of(LINEAR).state_dict()
+    path = tmp_path / "t.pth"
+    for name in ("patch_embed.proj.weight", "enc_blocks.0.mlp.fc1.weight"):
+        refused(write_pth(path, LINEAR, {**weights, name: torch.tensor(1.0)}), f"lacks {name} of")
+    vast = {"patch_embed.proj.weight": torch.zeros(1).expand(2**40, 3, 16, 16)}
+    refused(write_pth(path, {}, {**weights, **vast}), "not stored in full: patch_embed.proj.weight")
+    refused(write_pth(path, LINEAR, {**weights, "enc_norm.bias": torch.zeros(32).to_sparse()}), "enc_norm.bias")
+    far = {"enc_blocks.2000000000.norm1.weight": torch.zeros(32)}  # and not: build two billion layers
+    refused(write_pth(path, {}, {**weights, **far}), "1 extra: enc_blocks.2000000000.norm1.weight")
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
+        ({"img_size": 512}, ["img_size=512"]),
+        ({"enc_num_heads": "x"}, ["enc_num_heads='x'"]),
         ({"enc_depth": 3}, ["enc_depth=3", "have 2"]),
         ({"head_type": "dpt"}, ["head_type=dpt", "linear"]),
         ({"enc_num_heads": 5}, ["enc_embed_dim=32", "enc_num_heads=5"]),
@@ -213,7 +227,7 @@ def test_damaged_files_are_one_line(tmp_path):
     (hub / "model.safetensors").write_bytes(data)
     with pytest.raises(InputError, match="give the folder"):
         released.read(hub / "model.safetensors")
-    for text in ("{", "[1]", "\xff"):
+    for text in ("{", "[1]", "\xff", "[" * 100_000):
         (hub / "config.json").write_bytes(text.encode("latin-1"))
         refused(hub, "config.json")
     (hub / "config.json").unlink()

@@ -145,7 +145,10 @@ def test_the_command_leaves_cloud_picture_and_cameras(tmp_path, capsys):
         (["--data", "nosuch"], "nosuch: no such folder"),
         (["--model", "nosuch.pth"], "nosuch.pth does not exist"),
         (["--set", "image_size=48x32"], "image_size=48x32: teacher"),
-        (["--set", "scene_views=1"], "scene_views: Input should be greater"),
+        (["--set", "scene_views=1"], "scene_views=1: Input should be greater"),
+        (["--set", "image_size=[64"], "--set image_size, line 1: not YAML"),
+        (["--set", "image_size=big"], "image_size='big': expected WIDTHxHEIGHT"),
+        (["--set", "pair_graph=star"], "pair_graph='star'"),
         (["--out", "/dev/null/x"], "--out /dev/null/x: Not a directory"),
     ],
 )

@@ -20,6 +20,7 @@ from trainables.dust3r.frames import (
     Scene,
     enlarged,
     from_centres,
+    numbers,
     read_arrays,
     read_depth,
     read_image,
@@ -66,14 +67,16 @@ def _co3d(place: Path, name: str) -> Frame:
     pose, intrinsics, most = read_arrays(
         place / "images" / f"{name}.npz", "camera_pose", "camera_intrinsics", "maximum_depth"
     )
-    if not np.isfinite(float(most)):
-        raise BrokenFrame(f"{name}.npz: maximum_depth={float(most)}")
-    depth = read_depth(place / "depths" / f"{name}.jpg.geometric.png", float(most) / 65535)
-    return Frame(read_image(place / "images" / f"{name}.jpg"), depth, from_centres(intrinsics), np.asarray(pose, float))
+    farthest = float(numbers(most, (), (1,)).sum())
+    if not np.isfinite(farthest):
+        raise BrokenFrame(f"{name}.npz: maximum_depth={farthest}")
+    depth = read_depth(place / "depths" / f"{name}.jpg.geometric.png", farthest / 65535)
+    image = read_image(place / "images" / f"{name}.jpg")
+    return Frame(image, depth, from_centres(intrinsics), numbers(pose, (4, 4)))
 
 
 def _wild(place: Path, name: str) -> Frame:
     pose, intrinsics = read_arrays(place / "metadata" / f"{name}.npz", "camera_pose", "camera_intrinsics")
     image = read_image(place / "rgb" / f"{name}.jpg")
     depth = enlarged(read_depth(place / "depth" / f"{name}.png", 1e-3), image.shape[:2])
-    return Frame(image, depth, from_centres(intrinsics), np.asarray(pose, float))
+    return Frame(image, depth, from_centres(intrinsics), numbers(pose, (4, 4)))

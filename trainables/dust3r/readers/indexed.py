@@ -1,8 +1,9 @@
 """ScanNet++ and ARKitScenes as DUSt3R's preprocessing leaves them: all_metadata.npz lists every image and every pair.
 
 Its arrays: scenes (names), sceneids and images (scene and file name of each image), intrinsics (N, 3, 3), trajectories
-(N, 4, 4; camera to world), pairs (P, 2; numbers of images). ScanNet++: SCENE/images/*.jpg, SCENE/depth/*.png.
-ARKitScenes: {Training,Test}/all_metadata.npz, SCENE/vga_wide/*.jpg, SCENE/lowres_depth/*.png. Depths in millimetres.
+(N, 4, 4; camera to world), pairs (P, 2; numbers of images; a third column is a score). ScanNet++: SCENE/images/*.jpg,
+SCENE/depth/*.png. ARKitScenes: {Training,Test}/all_metadata.npz, SCENE/vga_wide/*.jpg, SCENE/lowres_depth/*.png. Depths
+in millimetres.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from trainables.dust3r.frames import (
     enlarged,
     from_centres,
     names_of_arrays,
+    numbers,
     read_arrays,
     read_depth,
     read_image,
@@ -44,7 +46,10 @@ def _scenes(lists: Path, split: str | None) -> list[Scene]:
         names, ids, images, intrinsics, poses, pairs = read_arrays(lists, *_ARRAYS)
     except BrokenFrame as error:
         raise InputError(f"{lists}: {error}; expected the arrays {', '.join(_ARRAYS)}") from None
-    ids, pairs = ids.astype(np.int64), pairs.astype(np.int64)
+    flat = names.ndim == ids.ndim == images.ndim == 1
+    if not flat or pairs.ndim != 2 or pairs.shape[1] < 2 or not _counts(ids, pairs[:, :2]):
+        raise InputError(f"{lists}: expected scenes (S,), images (N,), sceneids (N,) and pairs (P, 2 or more)")
+    ids, pairs = ids.astype(np.int64), pairs[:, :2].astype(np.int64)  # a third column is the pair's score
     if not len(ids) == len(images) == len(intrinsics) == len(poses) or (pairs.size and pairs.max() >= len(ids)):
         raise InputError(f"{lists}: its arrays disagree on the number of images")
     first, second = pairs[:, 0], pairs[:, 1]
@@ -58,6 +63,11 @@ def _scenes(lists: Path, split: str | None) -> list[Scene]:
         read = partial(_read, lists.parent / str(name), at, intrinsics, poses)
         scenes.append(Scene(str(name), frames, read, split, links))
     return scenes
+
+
+def _counts(*arrays: npt.NDArray[np.generic]) -> bool:
+    """Whether they hold numbers from 0 on."""
+    return all(array.dtype.kind in "fiu" and bool((array.astype(np.float64) >= 0).all()) for array in arrays)
 
 
 def _stem(name: str) -> str:
@@ -75,4 +85,4 @@ def _read(
     images, depths = ("vga_wide", "lowres_depth") if (place / "vga_wide").is_dir() else ("images", "depth")
     image = read_image(place / images / f"{name}.jpg")
     depth = enlarged(read_depth(place / depths / f"{name}.png", 1e-3), image.shape[:2])
-    return Frame(image, depth, from_centres(intrinsics[at[name]]), np.asarray(poses[at[name]], float))
+    return Frame(image, depth, from_centres(intrinsics[at[name]]), numbers(poses[at[name]], (4, 4)))

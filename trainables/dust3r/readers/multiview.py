@@ -22,6 +22,7 @@ from trainables.dust3r.frames import (
     Scene,
     from_centres,
     names_of_arrays,
+    numbers,
     read_arrays,
     read_exr,
     read_image,
@@ -44,7 +45,7 @@ def _blended(folder: Path, lists: Path) -> list[Scene]:
     try:
         rows = np.load(lists, allow_pickle=False).tolist()
         named = [(f"{high:08x}{low:016x}", f"{a:08d}", f"{b:08d}") for high, low, a, b, *_ in rows]
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # of a damaged file numpy's header parser has its own
         raise InputError(f"{lists}: expected rows (seq_high, seq_low, img1, img2, score), {error}") from None
     return _scenes(folder, named, {})
 
@@ -80,9 +81,9 @@ def _read(place: Path, name: str) -> Frame:
     pose: Floats
     try:
         intrinsics, found = read_arrays(path, "intrinsics", "cam2world")
-        pose = np.asarray(found, float)
+        pose = numbers(found, (4, 4))
     except BrokenFrame:
         intrinsics, rotation, position = read_arrays(path, "intrinsics", "R_cam2world", "t_cam2world")
         pose = np.eye(4)
-        pose[:3, :3], pose[:3, 3] = rotation, np.asarray(position).reshape(3)
+        pose[:3, :3], pose[:3, 3] = numbers(rotation, (3, 3)), numbers(position, (3,), (3, 1), (1, 3)).ravel()
     return Frame(read_image(place / f"{name}.jpg"), read_exr(place / f"{name}.exr"), from_centres(intrinsics), pose)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engines.errors import InputError
 from trainables.dust3r.frames import Floats, Frame, Scene, read_depth, read_image, read_numbers
 
 FOCAL, WIDTH, HEIGHT = 585.0, 640, 480
@@ -36,7 +37,9 @@ def _split(place: Path) -> str | None:
     number = re.fullmatch(r"seq-(\d+)", place.name)
     if number is None or not listed.is_file():
         return None
-    tests = {int(found) for found in re.findall(r"\d+", listed.read_text())}
+    tests = {int(found) for found in re.findall(r"\d+", listed.read_text(errors="replace"))}
+    if not tests:
+        raise InputError(f"{listed}: names no sequence; expected lines such as 'sequence3', or no such file")
     return "test" if int(number[1]) in tests else "train"
 
 

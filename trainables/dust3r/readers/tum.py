@@ -50,7 +50,7 @@ def _scene(place: Path) -> Scene:
 def _rows(path: Path) -> list[tuple[float, list[str]]]:
     """(time, words) of every line that is no comment, by time."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         words = line.split("#")[0].split()
         if not words:
             continue
