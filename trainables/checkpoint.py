@@ -58,7 +58,7 @@ def _first_line(error: BaseException) -> str:
 def load(path: Path, what: str = "checkpoint") -> dict[str, Any]:
     """Read a file that :func:`save` wrote. Raises InputError when it is missing, truncated or not such a file."""
     if not path.is_file():
-        raise InputError(f"{what} {path} does not exist; give the path of a .pth file that slimsweep wrote")
+        raise InputError(f"{what} {path} does not exist; give the path of a checkpoint")
     refuse_inflating(path, what)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
