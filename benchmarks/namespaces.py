@@ -19,6 +19,7 @@ CGROUPS = Path("/sys/fs/cgroup/memory")
 RAY = str(Path(sys.executable).with_name("ray"))
 ROOT = Path(__file__).resolve().parents[1]
 PORT = 6379
+SOCKETS = Path("/tmp/ray")  # each host sees a folder of its own there
 START_S = 120.0
 
 
@@ -140,7 +141,8 @@ def two_hosts(folder: Path, env: Mapping[str, str] | None = None) -> Iterator[tu
     token = folder / "auth_token"
     token.write_text("0123456789abcdef" * 2)
     token.chmod(0o600)
-    for name in ("storage", "shared", "ray"):
+    SOCKETS.mkdir(exist_ok=True)
+    for name in ("storage", "shared"):
         (folder / name).mkdir(exist_ok=True)
     hosts: list[Host] = []
     try:
@@ -148,10 +150,11 @@ def two_hosts(folder: Path, env: Mapping[str, str] | None = None) -> Iterator[tu
             host = Host.start(name, f"10.213.0.{number}", folder / name)
             hosts.append(host)
             host.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
-            # The same path on both, as Ray wants it, but not the same disk. Short: sockets lie below it.
+            # The same path on both, as Ray wants it, but not the same disk. Short: the path of a socket, of which some
+            # lie deep below it, has 107 bytes at most.
             (host.folder / "ray").mkdir()
-            host.mount(host.folder / "ray", folder / "ray")
-            host.env |= {"RAY_TMPDIR": str(folder / "ray"), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+            host.mount(host.folder / "ray", SOCKETS)
+            host.env |= {"RAY_TMPDIR": str(SOCKETS), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
             host.env |= env or {}
         one, two = hosts
         subprocess.run(

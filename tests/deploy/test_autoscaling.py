@@ -70,6 +70,7 @@ def autoscaler(port: int) -> dict[str, object]:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_workers_come_for_a_sweep_and_go_after_it(tmp_path: Path) -> None:
     """From a head alone: trials that need 40 GB make the large kind come, and no other; idle, it goes."""
     port, temp = free_port(), Path("/tmp") / f"ray-scale-{os.getpid()}"

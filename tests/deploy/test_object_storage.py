@@ -14,7 +14,7 @@ import pytest
 from sweeps.journal import SweepState
 
 boto3 = pytest.importorskip("boto3", reason="moto[server] is not installed")
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "sweeps" / "toy_sweep.py"
