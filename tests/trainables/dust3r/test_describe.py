@@ -57,7 +57,7 @@ def test_the_command_prints_a_table_and_names_what_is_wrong(capsys):
     out = capsys.readouterr().out
     assert re.search(r"heads: parameters, M +0.07 +0.03 +0.50", out)
     assert "train_samples=2048" in out and settings("demo", [])["train_samples"] == 2048
-    for change, said in (("heads", "expected KEY=VALUE"), ("nosuch=1", "expected KEY=VALUE"), ("heads=2", "heads: ")):
+    for change, said in (("heads", "expected KEY=VALUE"), ("nosuch=1", "expected KEY=VALUE"), ("heads=2", "heads=2: ")):
         assert main(["describe", "--set", change]) == 2
         error = capsys.readouterr().err
         assert said in error and len(error.strip().splitlines()) == 1
