@@ -260,6 +260,11 @@ class _Watch(_Unsaved, Callback):
         if epoch > heard.epoch:  # over days many hosts may go: only a trial that gets nowhere is broken
             heard.epoch, heard.hung, trial.run_metadata.num_failures = epoch, 0, 0
 
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        # Ray keeps several averages of every number of every trial, which the journal has: 30 kB per trial.
+        trial.run_metadata.metric_analysis.clear()
+        trial.run_metadata.metric_n_steps.clear()
+
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if LEFT in _last_failure(trial):  # its node was taken away, which says nothing about the trial
             trial.run_metadata.num_failures -= 1

@@ -32,7 +32,8 @@ def absolute(model: str) -> str:
     return model if model in WORDS else str(Path(model).expanduser().absolute())
 
 
-PAIR_GRAPHS = r"^(nearest|complete|(swin|logwin)(-[1-9]\d*)?(-noncyclic)?|oneref(-\d+)?)$"
+PAIR_GRAPH = re.compile(r"nearest|complete|(swin|logwin)(-[1-9]\d*)?(-noncyclic)?|oneref(-\d+)?")
+PAIR_GRAPHS = "nearest, complete, swin[-K][-noncyclic], logwin[-K][-noncyclic] or oneref[-I]"  # the same, to be read
 
 
 class Settings(BaseModel):
@@ -63,7 +64,7 @@ class WorkloadSettings(Workload):
     data: Annotated[str, AfterValidator(absolute)] = "rooms"
     image_size: str = "64x64"
     sampled_pairs: Count = 20
-    pair_graph: str = Field("nearest", pattern=PAIR_GRAPHS)
+    pair_graph: str = "nearest"
     neighbours: Count = 4
     views_per_scene: int = Field(8, ge=2)
     scene_views: int = Field(8, ge=2)
@@ -78,6 +79,13 @@ class WorkloadSettings(Workload):
     def _size(cls, value: str) -> str:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", value):
             raise ValueError("expected WIDTHxHEIGHT in pixels, e.g. 64x64")
+        return value
+
+    @field_validator("pair_graph")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        if not PAIR_GRAPH.fullmatch(value):
+            raise ValueError(f"expected {PAIR_GRAPHS}")
         return value
 
     @property

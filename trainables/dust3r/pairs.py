@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import InputError
+from trainables.config import PAIR_GRAPHS
 
 Edges = list[tuple[int, int]]
 
@@ -17,7 +18,6 @@ DISTINCT = (0.0, 1.0)
 _WINDOWED = re.compile(r"(swin|logwin)(?:-(\d+))?(-noncyclic)?")
 _REFERENCE = re.compile(r"oneref(?:-(\d+))?")
 _FILTER = re.compile(r"(seq|cyc)(\d+)")
-KINDS = "nearest, complete, swin[-K][-noncyclic], logwin[-K][-noncyclic] or oneref[-I]"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def graph(kind: str, count: int) -> Edges:
             raise InputError(f"pair_graph={kind}: there are {count} images, numbered from 0")
         return [(reference, j) for j in range(count) if j != reference]
     if not (found := _WINDOWED.fullmatch(kind)):
-        raise InputError(f"pair_graph={kind!r} is unknown, use {KINDS}")
+        raise InputError(f"pair_graph={kind!r} is unknown, use {PAIR_GRAPHS}")
     size, cyclic = int(found[2] or 3), not found[3]
     steps = range(1, size + 1) if found[1] == "swin" else [2**k for k in range(size)]
     edges: dict[tuple[int, int], None] = {}

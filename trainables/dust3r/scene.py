@@ -107,7 +107,7 @@ def cloud(found: Reconstruction, images: Tensor, least: float = MIN_CONFIDENCE) 
 
 
 def write_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> None:
-    """A binary PLY of coloured points, written whole or not at all."""
+    """A binary PLY of coloured points."""
     kinds = [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1")]
     rows = np.empty(len(points), dtype=kinds)
     for column, (name, _) in enumerate(kinds):
@@ -115,13 +115,11 @@ def write_ply(path: Path, points: np.ndarray, colours: np.ndarray) -> None:
     words = {"<f4": "float", "u1": "uchar"}
     properties = "".join(f"property {words[kind]} {name}\n" for name, kind in kinds)
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{properties}end_header\n"
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_bytes(header.encode() + rows.tobytes())
-    partial.replace(path)
+    path.write_bytes(header.encode() + rows.tobytes())
 
 
-def picture(found: Reconstruction, points: np.ndarray, colours: np.ndarray) -> Figure:
-    """The cloud from above and from the side, with the cameras, in the unit of the reconstruction."""
+def picture(found: Reconstruction, points: np.ndarray, colours: np.ndarray, unit: str) -> Figure:
+    """The cloud from above and from the side, with the cameras; unit: of the reconstruction, metres or free."""
     figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
     first, last = found.loss
     figure.suptitle(f"{len(found.poses)} images, {len(points):,} points, loss {first:.3f} to {last:.3f}")
@@ -129,6 +127,7 @@ def picture(found: Reconstruction, points: np.ndarray, colours: np.ndarray) -> F
     centres = found.poses[:, :3, 3].cpu().numpy()
     ahead = centres + found.poses[:, :3, 2].cpu().numpy() * float(found.depth.median()) * 0.15
     low, high = np.percentile(points, [1, 99], axis=0)
+    shown = "m" if unit == "metres" else "unit is free"
     for place, (x, y, title) in enumerate(((0, 2, "from above"), (2, 1, "from the side")), start=1):
         axes = figure.add_subplot(1, 2, place)
         axes.scatter(points[pick, x], points[pick, y], c=colours[pick] / 255.0, s=1, linewidths=0, rasterized=True)
@@ -139,7 +138,7 @@ def picture(found: Reconstruction, points: np.ndarray, colours: np.ndarray) -> F
         axes.set_xlim(both[:, x].min(), both[:, x].max())
         axes.set_ylim(both[:, y].min(), both[:, y].max())
         axes.set_aspect("equal", adjustable="box")
-        axes.set(title=title, xlabel="xyz"[x], ylabel="xyz"[y])
+        axes.set(title=title, xlabel=f"{'xyz'[x]} [{shown}]", ylabel=f"{'xyz'[y]} [{shown}]")
         if y == 1:
             axes.invert_yaxis()  # y points down
     return figure

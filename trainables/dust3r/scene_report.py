@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -43,14 +44,21 @@ def write(model: DUSt3R, graph: SceneGraph, folder: Path, known_poses: bool, ste
     found = align(pairs, poses=poses, steps=steps)
     in_all = in_pairs + time.perf_counter() - start
     points, colours = cloud(found, images)
-    write_ply(folder / "cloud.ply", points, colours)
-    picture(found, points, colours).savefig(folder / "cloud.png")
+    unit = "metres" if known_poses else "free"
     cameras = [
         {"image": name, "pose": pose, "focal": focal}
         for name, pose, focal in zip(graph.names, found.poses.tolist(), found.focals.tolist(), strict=True)
     ]
-    data = {"unit": "metres" if known_poses else "free", "t_scene_s": in_all, "pairs": graph.edges}
-    (folder / "poses.json").write_text(json.dumps({**data, "cameras": cameras}))
+    poses_json = json.dumps({"unit": unit, "t_scene_s": in_all, "pairs": graph.edges, "cameras": cameras})
+    try:
+        with TemporaryDirectory(dir=folder, prefix=".scene") as draft:  # a file appears whole or not at all
+            write_ply(Path(draft) / "cloud.ply", points, colours)
+            picture(found, points, colours, unit).savefig(Path(draft) / "cloud.png")
+            (Path(draft) / "poses.json").write_text(poses_json)
+            for name in FILES:
+                (Path(draft) / name).replace(folder / name)
+    except OSError as error:
+        raise InputError(f"--out {folder}: {error.strerror or error}; free some space or give another folder") from None
     return "\n".join(
         [
             f"{len(images)} images ({graph.names[0]} to {graph.names[-1]}), {len(graph.edges)} directed pairs, "

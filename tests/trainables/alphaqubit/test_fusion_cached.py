@@ -92,7 +92,7 @@ def test_each_seed_has_one_cache_before_its_trials_and_its_arms_start_alike(job,
 
 
 def test_probes_change_nothing_of_what_a_student_is_compared_with(job):
-    """Reference, drop and the share of parameters that are gone: those of the decoder alone."""
+    """Reference, drop, the share of parameters that are gone, and the teacher's own record: of the decoder alone."""
     domain = make_domain("alphaqubit", job["settings"], {}, 7)
     weights = Path(job["state_dir"]) / "student.pth"
     checkpoint.save(weights, domain.export(domain.student(inherit=False)))
@@ -100,5 +100,8 @@ def test_probes_change_nothing_of_what_a_student_is_compared_with(job):
     plain = {**job, "settings": {**job["settings"], "fusion": "none"}, "trials": [HARD]}
     fused, alone = (evaluate.measure_quality(one) for one in (job, plain))
     assert fused == alone and fused["extra"]["reference"].startswith("teacher:")
+    teachers = [evaluate.measure_quality({**one, "weights": None}) for one in (job, plain)]
+    assert teachers[0] == teachers[1]
+    assert fused["extra"]["reference"] == f"teacher:{teachers[0]['extra']['weights']}"
     assert list(Path(job["cache_dir"]).glob("probes_*.pth"))
     assert len(list(Path(job["cache_dir"]).glob("teacher_test_*.npz"))) == 1, "its answers are computed once"

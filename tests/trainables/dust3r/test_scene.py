@@ -59,8 +59,10 @@ def test_a_scene_is_written_and_drawn(views, tmp_path):
     assert f"element vertex {len(points)}".encode() in header and len(body) == 15 * len(points)
     first = np.frombuffer(body[:12], "<f4")
     assert np.allclose(first, points[0]) and list(body[12:15]) == list(colours[0])
-    picture(found, points, colours).savefig(tmp_path / "scene.png")
-    assert (tmp_path / "scene.png").stat().st_size > 10_000 and [p.name for p in tmp_path.glob(".*")] == []
+    drawn = picture(found, points, colours, unit="metres")
+    assert [axes.get_xlabel() for axes in drawn.axes] == ["x [m]", "z [m]"]
+    drawn.savefig(tmp_path / "scene.png")
+    assert (tmp_path / "scene.png").stat().st_size > 10_000
 
 
 def test_pairs_of_images_that_are_not_there_are_named(views):
@@ -138,6 +140,15 @@ def test_the_command_leaves_cloud_picture_and_cameras(tmp_path, capsys):
     torch.testing.assert_close(poses, torch.linalg.inv(true[numbers[:1]]) @ true[numbers], atol=1e-4, rtol=0)
 
 
+def test_a_scene_that_cannot_be_written_leaves_no_part_of_a_file(tmp_path, capsys):
+    (tmp_path / "cloud.png").mkdir()
+    few = ["--set", "scene_views=2", "--set", "scene_steps=1", "--set", "pair_graph=complete"]
+    assert main(["scene", "--out", str(tmp_path), *few]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: --out {tmp_path}: Is a directory; free some space or give another folder\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cloud.ply", "cloud.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -148,7 +159,7 @@ def test_the_command_leaves_cloud_picture_and_cameras(tmp_path, capsys):
         (["--set", "scene_views=1"], "scene_views=1: Input should be greater"),
         (["--set", "image_size=[64"], "--set image_size, line 1: not YAML"),
         (["--set", "image_size=big"], "image_size='big': expected WIDTHxHEIGHT"),
-        (["--set", "pair_graph=star"], "pair_graph='star'"),
+        (["--set", "pair_graph=star"], "pair_graph='star': expected nearest, complete, swin[-K]"),
         (["--out", "/dev/null/x"], "--out /dev/null/x: Not a directory"),
     ],
 )
