@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 LEVEL, POWER = 0.95, 0.8
+MOST = 1000  # seeds that anybody would run
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def contrast(wanted: Contrast, tables: Mapping[str, ArrayLike]) -> Effect:
     if variance > 0:
         freedom = variance**2 / (of_seeds**2 / (seeds - 1) + of_samples**2 / (samples - 1))
         half = float(stats.t.ppf((1 + LEVEL) / 2, max(freedom, 1.0))) * math.sqrt(variance)
-        enough = _enough(value, half, of_seeds * seeds, of_samples)
+        # Part of the spread over samples is the residual's: more seeds average it out.
+        enough = _enough(value, half, of_seeds * seeds, max(of_samples - of_rest, 0.0))
     return Effect(
         wanted.name, wanted.unit, value, value - half, value + half, tuple(map(float, by_seed)), samples, enough,
         wanted.kind, dict(wanted.weights),
@@ -106,15 +108,15 @@ def _enough(value: float, half: float, per_seed: float, of_samples: float) -> in
     """
     if half < abs(value):
         return None
-    seeds = np.arange(3, 1001)
+    seeds = np.arange(3, MOST + 1)
     enough = _quantiles() * np.sqrt(per_seed / seeds + of_samples) < abs(value)
     return int(seeds[enough.argmax()]) if enough.any() else None
 
 
 @cache
 def _quantiles() -> NDArray[np.float64]:
-    """With 3, 4, ... 1000 seeds: how many standard errors an effect must measure to be resolved that often."""
-    freedom = np.arange(2, 1000)
+    """With 3, 4, ... ``MOST`` seeds: how many standard errors an effect must measure to be resolved that often."""
+    freedom = np.arange(2, MOST)
     return np.asarray(stats.t.ppf((1 + LEVEL) / 2, freedom) + stats.t.ppf(POWER, freedom))
 
 
@@ -141,7 +143,9 @@ def sentence(found: Effect) -> str:
     if found.enough_seeds:
         more = max(found.enough_seeds - seeds, 1)
         return f"{said}; an effect of this size would take about {found.enough_seeds} seeds ({more} more)."
-    return f"{said}."
+    if found.value and found.samples:
+        return f"{said}; an effect of this size would take more test samples: {MOST} seeds on these would not show it."
+    return f"{said}; an effect of this size would take more than {MOST} seeds." if found.value else f"{said}."
 
 
 def caution(count: int) -> str:
