@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from analysis.words import ACROSS
 from trainables.record import InputError
@@ -24,9 +24,14 @@ _EXAMPLES = """examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(
+    """The command line; InputError for flags that cannot be."""
+    top = _Parser(
         prog="python -m analysis",
         description="Pictures and tables of sweeps that are logged in MLflow.",
         epilog=_EXAMPLES,
@@ -85,12 +90,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for problems that `verify` found, or 2 after a one-line error."""
-    options = parser().parse_args(arguments)
     commands = {
         "pareto": _pareto, "effects": _effects, "report": _report, "table": _table, "daily": _daily, "watch": _watch,
         "verify": _verify,
     }  # fmt: skip
     try:
+        options = parser().parse_args(arguments)
         return commands[options.command](options) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -163,7 +168,9 @@ def _daily(options: argparse.Namespace) -> None:
 
     from analysis import daily, table
 
-    sheet = daily.compute(options.tracking_uri, daily.parse_date(options.date) if options.date else date.today())
+    sheet = daily.compute(
+        options.tracking_uri, date.today() if options.date is None else daily.parse_date(options.date)
+    )
     if options.csv:
         table.save(options.csv, daily.csv_text(sheet))
     if options.markdown:
