@@ -34,6 +34,7 @@ MOST = 1000  # seeds that anybody would run
 class Effect:
     """What a contrast comes to: `arm` is its name, `reference` the arm of its unit. value: change of the primary metric
     as a fraction of the reference's mean, positive = worse, with its interval, and the value of each seed alone.
+    enough_seeds: see ``_enough``.
     """
 
     arm: str
@@ -104,13 +105,13 @@ def contrast(wanted: Contrast, tables: Mapping[str, ArrayLike]) -> Effect:
 
 def _enough(value: float, half: float, per_seed: float, of_samples: float) -> int | None:
     """Seeds at which an effect of this size would be resolved with a probability of ``POWER``; None where it is
-    resolved, and where seeds cannot do it.
+    resolved, 0 where not even ``MOST`` seeds would do it.
     """
     if half < abs(value):
         return None
     seeds = np.arange(3, MOST + 1)
     enough = _quantiles() * np.sqrt(per_seed / seeds + of_samples) < abs(value)
-    return int(seeds[enough.argmax()]) if enough.any() else None
+    return int(seeds[enough.argmax()]) if enough.any() else 0
 
 
 @cache
@@ -143,9 +144,10 @@ def sentence(found: Effect) -> str:
     if found.enough_seeds:
         more = max(found.enough_seeds - seeds, 1)
         return f"{said}; an effect of this size would take about {found.enough_seeds} seeds ({more} more)."
-    if found.value and found.samples:
-        return f"{said}; an effect of this size would take more test samples: {MOST} seeds on these would not show it."
-    return f"{said}; an effect of this size would take more than {MOST} seeds." if found.value else f"{said}."
+    if found.enough_seeds == 0:
+        need = f"more test samples: {MOST} seeds on these would not show it" if found.samples else f"over {MOST} seeds"
+        return f"{said}; an effect of this size would take {need}."
+    return f"{said}."
 
 
 def caution(count: int) -> str:
