@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 LEVEL, POWER = 0.95, 0.8
-MOST = 1000  # seeds that anybody would run
+MOST_SEEDS = 1000  # beyond these an effect counts as out of reach
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,19 @@ def contrast(wanted: Contrast, tables: Mapping[str, ArrayLike]) -> Effect:
 
 def _enough(value: float, half: float, per_seed: float, of_samples: float) -> int | None:
     """Seeds at which an effect of this size would be resolved with a probability of ``POWER``; None where it is
-    resolved, 0 where not even ``MOST`` seeds would do it.
+    resolved, 0 where not even ``MOST_SEEDS`` would do it.
     """
     if half < abs(value):
         return None
-    seeds = np.arange(3, MOST + 1)
+    seeds = np.arange(3, MOST_SEEDS + 1)
     enough = _quantiles() * np.sqrt(per_seed / seeds + of_samples) < abs(value)
     return int(seeds[enough.argmax()]) if enough.any() else 0
 
 
 @cache
 def _quantiles() -> NDArray[np.float64]:
-    """With 3, 4, ... ``MOST`` seeds: how many standard errors an effect must measure to be resolved that often."""
-    freedom = np.arange(2, MOST)
+    """With 3, 4, ... MOST_SEEDS seeds: how many standard errors an effect must measure to be resolved that often."""
+    freedom = np.arange(2, MOST_SEEDS)
     return np.asarray(stats.t.ppf((1 + LEVEL) / 2, freedom) + stats.t.ppf(POWER, freedom))
 
 
@@ -145,16 +145,21 @@ def sentence(found: Effect) -> str:
         more = max(found.enough_seeds - seeds, 1)
         return f"{said}; an effect of this size would take about {found.enough_seeds} seeds ({more} more)."
     if found.enough_seeds == 0:
-        need = f"more test samples: {MOST} seeds on these would not show it" if found.samples else f"over {MOST} seeds"
-        return f"{said}; an effect of this size would take {need}."
+        takes = "more test samples, however many seeds" if found.samples else f"more than {MOST_SEEDS} seeds"
+        return f"{said}; an effect of this size would take {takes}."
     return f"{said}."
 
 
 def caution(count: int) -> str:
     """What to keep in mind when reading `count` intervals at once."""
-    return (
+    chance = (
         f"Each interval is for its effect alone: were all {count} effects zero, about {(1 - LEVEL) * count:.1f} "
-        f"intervals would exclude 0 by chance. Seeds that an effect would take: to resolve it in {100 * POWER:.0f} % "
+        "intervals would exclude 0 by chance."
+        if count > 1
+        else f"Were the effect zero, {100 * (1 - LEVEL):.0f} % of such intervals would exclude 0 by chance."
+    )
+    return (
+        f"{chance} Seeds that an effect would take: to resolve it in {100 * POWER:.0f} % "
         "of repeats, were its size and the spread between seeds what was measured here."
     )
 

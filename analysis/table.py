@@ -19,6 +19,7 @@ COLUMNS = ("exp_id", "T", "beta", "rho", "epochs", "test LER", "test drop % [95 
            "x teacher [95 %]", "x FP32 torch", "verdict", "stop reason")  # fmt: skip
 _OPTIONAL = {"T": "T", "beta": "beta", "rho": "rho", "test LER": "ler", "params down %": "params_down",
              "x teacher [95 %]": "ratio", "x FP32 torch": "speedup"}  # fmt: skip
+_PARAMETERS = ("T", "beta", "rho")
 _LEFT, _WRAPPED = {"exp_id", "beta", "verdict", "stop reason"}, {"exp_id", "beta"}
 _STYLES = {"pass": "bold green", "fail": "red", "n/a": "dim"}
 
@@ -86,7 +87,7 @@ def rows(records: Iterable[Mapping[str, Any]], chosen: str | None = None) -> lis
 
 
 def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    """One line: workload, teacher, size of the test, engine and device, as far as they are known."""
+    """One line: workload, teacher, size of the test, engine, device and what all trials share, as far as known."""
     words = _words(records)
 
     def known(key: str) -> str:
@@ -102,6 +103,7 @@ def title(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> 
         f"against {', '.join(teachers) or 'a teacher not measured yet'}",
         f"{settings[size]} test {words.samples}" if settings.get(size := f"test_{words.samples}") else "",
         f"{known('engine')} on {known('device')}" if known("engine") and known("device") else known("device"),
+        ", ".join(f"{key} {_text(value)}" for key, value in _shared(records).items()),
     ]
     return "  ·  ".join(part for part in parts if part)
 
@@ -158,9 +160,17 @@ def render(
 
 
 def columns(shown: Sequence[Row]) -> list[str]:
-    """The table's columns: a parameter's or a stage's own only where a trial has it."""
+    """The table's columns: a parameter's or a stage's own only where a trial has it, and not where all share it."""
     empty = {name for name, field in _OPTIONAL.items() if all(getattr(row, field) is None for row in shown)}
-    return [name for name in COLUMNS if name not in empty]
+    shared = _shared([vars(row) for row in shown])
+    return [name for name in COLUMNS if name not in empty and name not in shared]
+
+
+def _shared(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Parameters that all of several trials have in common, with their value."""
+    trials = [record for record in records if record.get("role") != "teacher"]
+    found = {key: list(dict.fromkeys(record.get(key) for record in trials)) for key in _PARAMETERS}
+    return {key: v[0] for key, v in found.items() if len(trials) > 1 and len(v) == 1 and v[0] is not None}
 
 
 def markdown(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], chosen: str | None = None) -> str:

@@ -1,6 +1,6 @@
 """What of a sweep saturates first: many short trials through the launcher, and many reports a second.
 
-    python benchmarks/scale.py trials                # 10,000 trials of one second on 64 slots: seven minutes on two cores
+    python benchmarks/scale.py trials                # 10,000 trials of one second on 64 slots: seven minutes
     python benchmarks/scale.py trials --count 2000   # two minutes
     python benchmarks/scale.py reports               # 1,000 trials that report every second, for a minute
     python benchmarks/scale.py reports --count 300

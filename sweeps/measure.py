@@ -32,6 +32,7 @@ from trainables.record import Record, finite, now
 
 STATE = "state.pt"  # what trainables/training.py goes on from
 OWN_FIELDS = {field.name for field in fields(Record)} - {"extra"}
+TRAINING = ("rho", "T", "beta", "gamma")  # fields of the record that are settings of training
 BASELINE = ("chamfer", "absrel", "rmse", "delta1", "params_M", "flops_G", "size_MB",
             "t_pair_p50_ms", "t_pair_p95_ms", "pairs_per_sec")  # fmt: skip
 
@@ -173,7 +174,7 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
         "seed": trial.seed,
         "datetime": now(),
         "parent": "teacher" if trial.role == "trial" and bench.sweep.measure else None,
-        **_params(trial),
+        **_inputs(trial, bench.resolved.values, extra.get("route")),
         **measured,
         "stop_reason": state.stop[1] if state.stop else failure(state.error) if state.error else None,
         "epochs": state.epoch if trial.role == "trial" else None,
@@ -214,10 +215,16 @@ def judge_baseline(record: Record) -> tuple[str, str]:
     return "pass", f"{', '.join(BASELINE)} are all measured"
 
 
-def _params(trial: Planned) -> dict[str, Any]:
-    """The parameters that are fields of the record; a schedule is written as its data."""
+def _inputs(trial: Planned, settings: Mapping[str, Any], route: str | None) -> dict[str, Any]:
+    """The fields of the record that a trial is given: its own parameters, and of training what it left to the settings.
+
+    route: how a quantized model's weights came about; what is only rounded was not trained. A schedule is in words.
+    """
+    given = dict(trial.params)
+    if trial.role == "trial" and ("bits_w" not in settings or route not in (None, "PTQ")):
+        given = {key: settings[key] for key in TRAINING if key in settings} | given
     own = {}
-    for key, value in trial.params.items():
+    for key, value in given.items():
         if key in OWN_FIELDS:
             own[key] = value if isinstance(value, int | float | str) or value is None else _words(value)
     return own

@@ -125,6 +125,19 @@ def test_sentences_of_contrasts_claim_no_more_than_their_interval():
         found = contrast(wanted, none)
         assert found.resolved or (sentence(found).startswith(said) and "of neither's error" in sentence(found))
     assert "all 11 effects zero, about 0.6 intervals" in caution(11)
+    assert caution(1).startswith("Were the effect zero, 5 % of such intervals")
+
+
+def test_where_seeds_cannot_resolve_an_effect_the_sentence_says_what_could():
+    """Alike in every seed, but few samples; and no difference at all, which nothing would resolve."""
+    base = np.linspace(1, 2, 10)
+    noise = 0.5 * np.random.default_rng(2).normal(0, 1, 10)
+    tables = {"a": np.tile(base + noise + 0.01, (3, 1)), "b": np.tile(base, (3, 1))}
+    found = contrast(against("a", "b"), tables)
+    assert not found.resolved and found.enough_seeds == 0
+    assert sentence(found).endswith("; an effect of this size would take more test samples, however many seeds.")
+    same = contrast(against("a", "b"), {"a": tables["b"], "b": tables["b"]})
+    assert sentence(same).endswith("(3 seeds, 10 samples).")
 
 
 def test_contrasts_share_the_seeds_of_all_their_arms():

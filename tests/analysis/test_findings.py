@@ -56,6 +56,8 @@ def test_as_many_seeds_as_it_says_resolve_an_effect_four_times_in_five() -> None
     found = over_seeds(against("a", "b"), {"a": dict(enumerate(1.04 + noise)), "b": dict.fromkeys(range(3), 1.0)})
     assert not found.resolved and found.enough_seeds is not None
     assert f"about {found.enough_seeds} seeds ({found.enough_seeds - 3} more)" in sentence(found)
+    tiny = over_seeds(against("a", "b"), {"a": dict(enumerate(1.001 + noise)), "b": dict.fromkeys(range(3), 1.0)})
+    assert "would take more than 1000 seeds" in sentence(tiny)
     rng, runs = np.random.default_rng(0), 1000
     resolved = 0
     for _ in range(runs):

@@ -159,3 +159,12 @@ def test_a_stage_has_its_own_columns_and_no_empty_ones():
     assert "| a | 0.3 | – | +1.00 | 28.9 |" in text
     int8 = table.markdown([{**common, "bits_w": 8, "p50_ratio_fp32": 3.75}], {})
     assert "x FP32 torch" in int8 and "| 3.75 |" in int8 and "params down" not in int8
+
+
+def test_what_all_trials_share_stands_above_the_table():
+    pair = [record("P_r010_run1", T=1.0, beta=0.7, rho=0.1), record("P_r030_run1", T=1.0, beta=0.7, rho=0.3)]
+    records = dicts([teacher(), *pair])
+    head, _, names, *_ = table.markdown(records, {}).splitlines()
+    assert head.endswith("  ·  T 1, beta 0.7") and "| rho |" in names and "T |" not in names and "beta" not in names
+    alone = table.columns(table.rows(records[:2]))
+    assert "T" in alone and "T 1" not in table.title(records[:2], {}), "one trial shares nothing"

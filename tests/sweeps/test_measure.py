@@ -5,6 +5,7 @@ from typing import Any
 
 from sweeps import measure
 from sweeps.journal import TrialState
+from sweeps.plan import Planned
 from trainables.record import Record
 
 NOW = "2026-03-01T12:00:00+01:00"
@@ -62,3 +63,22 @@ def test_a_baseline_passes_when_every_number_is_there() -> None:
     assert measure.judge_baseline(Record(exp_id="P0_teacher_run1", datetime=NOW, **whole))[0] == "pass"
     gap = Record(exp_id="P0_teacher_run1", datetime=NOW, **whole | {"rmse": None, "flops_G": None})
     assert measure.judge_baseline(gap) == ("fail", "not measured: rmse, flops_G")
+
+
+def planned(role: str = "trial", **params: Any) -> Planned:
+    return Planned("a", "K_a_run1", "K-1", "a", None, params, 42, role=role)
+
+
+def test_a_record_says_what_a_trial_was_trained_with_also_where_that_is_left_to_the_settings() -> None:
+    settings: dict[str, Any] = {"T": 3.0, "beta": {"linear": [0.5, 0.1]}, "gamma": 0.0, "rho": 0.4, "lr": 1.0}
+    whole = {"T": 3.0, "beta": "linear 0.5 to 0.1", "gamma": 0.0, "rho": 0.4}
+    assert measure._inputs(planned(), settings, None) == whole
+    assert measure._inputs(planned(T=5.0, lr=2.0), settings, None) == whole | {"T": 5.0}
+    assert measure._inputs(planned("teacher"), settings, None) == {}
+
+
+def test_a_model_that_was_only_rounded_was_trained_with_nothing() -> None:
+    settings: dict[str, Any] = {"T": 3.0, "beta": 0.5, "bits_w": 8}
+    for route in (None, "PTQ"):  # None: what was to be measured failed
+        assert measure._inputs(planned(bits_w=4), settings, route) == {"bits_w": 4}
+    assert measure._inputs(planned(bits_w=4), settings, "QAT") == {"bits_w": 4, "T": 3.0, "beta": 0.5}

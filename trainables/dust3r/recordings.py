@@ -184,7 +184,8 @@ class Recordings:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:1])
         return InputError(
             f"data={self.folder} ({self._layout[0]}): no pair for {split} in {scenes} scenes, "
-            f"{len(self.skipped)} frames skipped{f' ({why})' if why else ''}; image_size={self.workload.image_size}"
+            f"{len(self.skipped)} frames skipped{f' ({why})' if why else ''}; give other frames, or another size by "
+            f"--set image_size= (now {self.workload.image_size})"
         )
 
     def _usable(self, scene: Scene) -> Scene:

@@ -155,7 +155,7 @@ def test_too_few_pairs_are_named_with_the_fix(wall):
 
 def test_images_too_small_for_the_workload_are_one_line(wall):
     large = WorkloadSettings(data=str(wall), image_size="128x128", **FEW)
-    with pytest.raises(InputError, match=r"18 frames skipped \(.*too small.*image_size=128x128"):
+    with pytest.raises(InputError, match=r"18 frames skipped \(.*too small.*--set image_size= .now 128x128"):
         Recordings(wall, large, 7, 8).sampled()
 
 
