@@ -189,6 +189,7 @@ def _same_as_mlflow(store: Store, manifest: Manifest, records: Mapping[str, Reco
             "--tracking-uri URI"
         )
     seen = set()
+    listed = {row.task for row in manifest.tasks}
     for parent in parents:
         runs = {run.run_id: run for run in store.children([parent.run_id], whole=True) if "record" in run.tags}
         keys = sorted({key for run_id in runs if run_id in records for key, _ in _measured(records[run_id])})
@@ -196,6 +197,9 @@ def _same_as_mlflow(store: Store, manifest: Manifest, records: Mapping[str, Reco
         for run_id, key, step, time, value in store.metrics([parent.run_id], keys):
             if step == 0 and time >= logged.get((run_id, key), (0, 0.0))[0]:
                 logged[run_id, key] = (time, value)
+        trained = (run.tags.get("task_id") for run in runs.values() if run.tags.get("role") == "trial")
+        for task in sorted({task for task in trained if task} - listed):
+            yield f"{task}: {parent.name} ran it, {NAME} does not list it"
         for run_id, run in runs.items():
             seen.add(run_id)
             if run_id not in records:

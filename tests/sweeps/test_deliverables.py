@@ -289,6 +289,8 @@ TAMPERED = {
     "verdict": (lambda f: edited(f, lambda d: d["tasks"][0].update(verdict="fail")),
                 "K-1: manifest.json says fail, the table pass"),
     "softened": (lambda f: edited(f, lambda d: d["tasks"][1].update(judged=[])), "K-2: manifest.json says pass"),
+    "dropped": (lambda f: edited(f, lambda d: d["tasks"].pop(1)),
+                "K-2: one_small_seed42 ran it, manifest.json does not list it"),
     "workload": (lambda f: (put(f, "workload.yaml", "workload_hash: w2\n"), listed(f, "workload.yaml")),
                  "K_good_run1: measured on workload w1, workload.yaml is w2"),
     "profile": (lambda f: edited(f, lambda d: d.update(profile="demo")), "profile small, manifest.json says demo"),
