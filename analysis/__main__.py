@@ -37,14 +37,14 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    store = argparse.ArgumentParser(add_help=False)
+    store = _Parser(add_help=False)
     store.add_argument(
         "--tracking-uri",
         required=True,
         metavar="URI",
         help="sqlite:///path/mlflow.db, postgresql://... or the address of a server",
     )
-    several = argparse.ArgumentParser(add_help=False, parents=[store])
+    several = _Parser(add_help=False, parents=[store])
     which = several.add_mutually_exclusive_group(required=True)
     which.add_argument("--sweep", nargs="+", metavar="NAME", default=(), help="run names (or run ids) of sweeps")
     which.add_argument("--campaign", metavar="NAME", help="all sweeps that this campaign started")

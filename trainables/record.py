@@ -271,7 +271,7 @@ def read_csv(path: str | Path) -> list[Record]:
 
 
 def _records(rows: Any, path: str | Path) -> list[Record]:
-    header = next(rows, [])
+    header: list[str] = next(rows, [])
     missing = [name for name in _META if name not in header]
     if missing:
         raise InputError(f"{path}: columns {', '.join(missing)} missing, expected what write_csv writes")
