@@ -242,8 +242,9 @@ def _differs(record: Record, key: str, value: Value, there: Value, run: Run) -> 
 
 def _same(value: Value, there: Value) -> bool:
     """Whether the record that MLflow shows says the same; its longest texts may be cut there."""
-    cut = isinstance(there, str) and there.endswith("...") and isinstance(value, str)
-    return value.startswith(there[:-3]) if cut else value == there  # type: ignore[union-attr,index]
+    if isinstance(value, str) and isinstance(there, str) and there.endswith("..."):
+        return value.startswith(there[:-3])
+    return value == there
 
 
 def _float(text: str | None) -> float | None:
