@@ -54,6 +54,15 @@ def test_every_ray_has_a_token_and_nothing_but_ray_listens_outside(name: str) ->
     assert any("deploy/mlflow_server.sh" in line for line in config["head_start_ray_commands"])
 
 
+def test_the_head_is_told_its_address_by_itself() -> None:
+    """Ray's launcher sets RAY_HEAD_IP for workers only; on the head, `ray start --node-ip-address=` is refused."""
+    for name in LAUNCHER:
+        assert not [line for line in read(name)["head_start_ray_commands"] if "RAY_HEAD_IP" in line]
+    own = read("deploy/on_premise.yaml")
+    start = next(line for line in own["head_start_ray_commands"] if "ray start" in line)
+    assert f"--node-ip-address={own['provider']['head_ip']} " in start
+
+
 def test_workers_of_the_cloud_are_spot_gpus_with_labels_and_the_head_runs_no_trials() -> None:
     config = read("ray_cluster.yaml")
     types = dict(config["available_node_types"])
