@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from analysis.words import ACROSS
 from trainables.record import InputError
@@ -24,22 +24,27 @@ _EXAMPLES = """examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(
+    """The command line; InputError for flags that cannot be."""
+    top = _Parser(
         prog="python -m analysis",
         description="Pictures and tables of sweeps that are logged in MLflow.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    store = argparse.ArgumentParser(add_help=False)
+    store = _Parser(add_help=False)
     store.add_argument(
         "--tracking-uri",
         required=True,
         metavar="URI",
         help="sqlite:///path/mlflow.db, postgresql://... or the address of a server",
     )
-    several = argparse.ArgumentParser(add_help=False, parents=[store])
+    several = _Parser(add_help=False, parents=[store])
     which = several.add_mutually_exclusive_group(required=True)
     which.add_argument("--sweep", nargs="+", metavar="NAME", default=(), help="run names (or run ids) of sweeps")
     which.add_argument("--campaign", metavar="NAME", help="all sweeps that this campaign started")
@@ -85,12 +90,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for problems that `verify` found, or 2 after a one-line error."""
-    options = parser().parse_args(arguments)
     commands = {
         "pareto": _pareto, "effects": _effects, "report": _report, "table": _table, "daily": _daily, "watch": _watch,
         "verify": _verify,
     }  # fmt: skip
     try:
+        options = parser().parse_args(arguments)
         return commands[options.command](options) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -163,7 +168,9 @@ def _daily(options: argparse.Namespace) -> None:
 
     from analysis import daily, table
 
-    sheet = daily.compute(options.tracking_uri, daily.parse_date(options.date) if options.date else date.today())
+    sheet = daily.compute(
+        options.tracking_uri, date.today() if options.date is None else daily.parse_date(options.date)
+    )
     if options.csv:
         table.save(options.csv, daily.csv_text(sheet))
     if options.markdown:

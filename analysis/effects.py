@@ -34,6 +34,7 @@ MOST_SEEDS = 1000  # beyond these an effect counts as out of reach
 class Effect:
     """What a contrast comes to: `arm` is its name, `reference` the arm of its unit. value: change of the primary metric
     as a fraction of the reference's mean, positive = worse, with its interval, and the value of each seed alone.
+    enough_seeds: see ``_enough``.
     """
 
     arm: str
@@ -94,7 +95,8 @@ def contrast(wanted: Contrast, tables: Mapping[str, ArrayLike]) -> Effect:
     if variance > 0:
         freedom = variance**2 / (of_seeds**2 / (seeds - 1) + of_samples**2 / (samples - 1))
         half = float(stats.t.ppf((1 + LEVEL) / 2, max(freedom, 1.0))) * math.sqrt(variance)
-        enough = _enough(value, half, of_seeds * seeds, of_samples)
+        # Part of the spread over samples is the residual's: more seeds average it out.
+        enough = _enough(value, half, of_seeds * seeds, max(of_samples - of_rest, 0.0))
     return Effect(
         wanted.name, wanted.unit, value, value - half, value + half, tuple(map(float, by_seed)), samples, enough,
         wanted.kind, dict(wanted.weights),
@@ -103,13 +105,13 @@ def contrast(wanted: Contrast, tables: Mapping[str, ArrayLike]) -> Effect:
 
 def _enough(value: float, half: float, per_seed: float, of_samples: float) -> int | None:
     """Seeds at which an effect of this size would be resolved with a probability of ``POWER``; None where it is
-    resolved, and where seeds cannot do it.
+    resolved, 0 where not even ``MOST_SEEDS`` would do it.
     """
     if half < abs(value):
         return None
     seeds = np.arange(3, MOST_SEEDS + 1)
     enough = _quantiles() * np.sqrt(per_seed / seeds + of_samples) < abs(value)
-    return int(seeds[enough.argmax()]) if enough.any() else None
+    return int(seeds[enough.argmax()]) if enough.any() else 0
 
 
 @cache
@@ -142,7 +144,7 @@ def sentence(found: Effect) -> str:
     if found.enough_seeds:
         more = max(found.enough_seeds - seeds, 1)
         return f"{said}; an effect of this size would take about {found.enough_seeds} seeds ({more} more)."
-    if found.hi > found.lo:
+    if found.enough_seeds == 0:
         takes = "more test samples, however many seeds" if found.samples else f"more than {MOST_SEEDS} seeds"
         return f"{said}; an effect of this size would take {takes}."
     return f"{said}."

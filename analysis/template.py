@@ -84,7 +84,8 @@ footer p {{ margin: 2px 0; }}
   function holds(record, word) {{
     const parts = /^([A-Za-z0-9_]+)(!=|<=|>=|=|<|>)(.*)$/.exec(word);
     if (!parts) return `${{record.sweep || ""}} ${{record.exp_id}}`.toLowerCase().includes(word.toLowerCase());
-    const value = record[parts[1]], number = Number(parts[3]);
+    const value = record[parts[1]], percent = /^(.+)%$/.exec(parts[3]);  // a fraction, in percent
+    const number = percent ? Number(percent[1]) / 100 : Number(parts[3]);
     if (value === null || value === undefined) return false;
     return tests[parts[2]](typeof value === "number" ? value : String(value),
       typeof value === "number" && parts[3] !== "" && !Number.isNaN(number) ? number : parts[3]);

@@ -16,9 +16,10 @@ from pathlib import Path
 from analysis.manifest import NAME, REPORT, TABLE, Manifest, Row, may_list
 from analysis.readers import Run, Store, open_store
 from trainables.gates import Verdict, judge_any
-from trainables.record import FIELDS, INPUTS, InputError, Record, read_csv
+from trainables.record import FIELDS, INPUTS, InputError, Record, Value, read_csv
 
 WORKLOAD = "workload.yaml"
+BESIDE = frozenset({"stage", "run_id"})  # columns that the table has beside the record
 SHORT = "demo"  # the profile that is not meant to meet the hard lines
 
 
@@ -180,7 +181,7 @@ def _workload(folder: Path, manifest: Manifest, records: Mapping[str, Record]) -
 
 
 def _same_as_mlflow(store: Store, manifest: Manifest, records: Mapping[str, Record]) -> Iterator[str]:
-    """Each number of the table is the run's, and each record of the campaign is in the table."""
+    """Each row of the table is the run's record and metrics, and each record of the campaign is in the table."""
     parents = [run for run in store.sweeps() if run.tags.get("campaign") == manifest.campaign]
     if not parents:
         raise InputError(
@@ -188,6 +189,7 @@ def _same_as_mlflow(store: Store, manifest: Manifest, records: Mapping[str, Reco
             "--tracking-uri URI"
         )
     seen = set()
+    listed = {row.task for row in manifest.tasks}
     for parent in parents:
         runs = {run.run_id: run for run in store.children([parent.run_id], whole=True) if "record" in run.tags}
         keys = sorted({key for run_id in runs if run_id in records for key, _ in _measured(records[run_id])})
@@ -195,6 +197,9 @@ def _same_as_mlflow(store: Store, manifest: Manifest, records: Mapping[str, Reco
         for run_id, key, step, time, value in store.metrics([parent.run_id], keys):
             if step == 0 and time >= logged.get((run_id, key), (0, 0.0))[0]:
                 logged[run_id, key] = (time, value)
+        trained = (run.tags.get("task_id") for run in runs.values() if run.tags.get("role") == "trial")
+        for task in sorted({task for task in trained if task} - listed):
+            yield f"{task}: {parent.name} ran it, {NAME} does not list it"
         for run_id, run in runs.items():
             seen.add(run_id)
             if run_id not in records:
@@ -213,14 +218,32 @@ def _measured(record: Record) -> list[tuple[str, float]]:
 def _differences(record: Record, run: Run, logged: Mapping[tuple[str, str], tuple[int, float]]) -> Iterator[str]:
     if record.profile != run.tags.get("profile"):
         yield f"{record.exp_id}: profile {record.profile} in {TABLE}, {run.tags.get('profile')} in MLflow"
+    row = {key: value for key, value in record.to_dict().items() if key not in BESIDE}
     there = {key: logged.get((run.run_id, key), (0, None))[1] for key, _ in _measured(record)}
-    row = record.to_dict()
     given = [(key, value) for key in INPUTS if isinstance(value := row[key], int | float)]
     there |= {key: _float(run.params.get(key)) for key, _ in given}
-    for key, value in [*_measured(record), *given]:
-        if there[key] != value:
-            said = "nothing" if there[key] is None else repr(there[key])
-            yield f"{record.exp_id}: {key} is {value!r} in {TABLE}, {said} in MLflow (run {run.run_id})"
+    try:
+        whole = Record.from_json(run.tags["record"]).to_dict()
+    except InputError as error:
+        yield f"{record.exp_id}: the record in MLflow cannot be read ({error}; run {run.run_id})"
+        whole = row
+    for key in dict.fromkeys((*row, *whole)):
+        value = row.get(key)
+        if key in there and there[key] != value:
+            yield _differs(record, key, value, there[key], run)
+        elif not _same(value, whole.get(key)):
+            yield _differs(record, key, value, whole.get(key), run)
+
+
+def _differs(record: Record, key: str, value: Value, there: Value, run: Run) -> str:
+    here, said = ("nothing" if one is None else repr(one) for one in (value, there))
+    return f"{record.exp_id}: {key} is {here} in {TABLE}, {said} in MLflow (run {run.run_id})"
+
+
+def _same(value: Value, there: Value) -> bool:
+    """Whether the record that MLflow shows says the same; its longest texts may be cut there."""
+    cut = isinstance(there, str) and there.endswith("...") and isinstance(value, str)
+    return value.startswith(there[:-3]) if cut else value == there  # type: ignore[union-attr,index]
 
 
 def _float(text: str | None) -> float | None:

@@ -20,9 +20,10 @@ from sweeps.interrupts import INTERRUPTED, from_now_on, interruptible  # before 
 # isort: split
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -129,7 +130,15 @@ def _check_settings(plan: Plan) -> None:
         taken = [need.setting for need in stage.needs if need.setting in own]
         if taken:
             raise InputError(f"--set {taken[0]}: stage {stage.id} takes it from an earlier one; run that script alone")
-        resolve(stage.settings, plan.profile, own)
+        _check_paths(resolve(stage.settings, plan.profile, own).values, own)
+
+
+def _check_paths(values: Mapping[str, Any], given: Iterable[str]) -> None:
+    """InputError for a path that is not there: the first stage would find out, with the campaign already begun."""
+    for key in ("teacher", "data"):
+        path = Path(values[key]) if key in given else Path()
+        if path.is_absolute() and not path.exists():
+            raise InputError(f"--set {key}={path}: no such file or folder")
 
 
 def _check_needs(plan: Plan) -> None:

@@ -262,23 +262,29 @@ def write_csv(path: str | Path, records: Iterable[Record]) -> None:
 
 
 def read_csv(path: str | Path) -> list[Record]:
-    """Inverse of `write_csv`; InputError for missing columns or a cell that does not fit its field."""
+    """Inverse of `write_csv`; InputError for missing columns, a cell that does not fit its field, and no CSV."""
     with Path(path).open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file)
-        header = next(rows, [])
-        missing = [name for name in _META if name not in header]
-        if missing:
-            raise InputError(f"{path}: columns {', '.join(missing)} missing, expected what write_csv writes")
-        records = []
-        for row in rows:
-            if len(row) != len(header):
-                raise InputError(f"{path}: line {rows.line_num} has {len(row)} cells, expected {len(header)}")
-            cells = {
-                name: _parsed(cell, _META.get(name, _EXTRA_META)["kind"])
-                for name, cell in zip(header, row, strict=True)
-                if cell or name in _META
-            }
-            records.append(Record.from_dict(cells))
+        try:
+            return _records(csv.reader(file), path)
+        except csv.Error as error:
+            raise InputError(f"{path}: {error}, expected what write_csv writes") from None
+
+
+def _records(rows: Any, path: str | Path) -> list[Record]:
+    header: list[str] = next(rows, [])
+    missing = [name for name in _META if name not in header]
+    if missing:
+        raise InputError(f"{path}: columns {', '.join(missing)} missing, expected what write_csv writes")
+    records = []
+    for row in rows:
+        if len(row) != len(header):
+            raise InputError(f"{path}: line {rows.line_num} has {len(row)} cells, expected {len(header)}")
+        cells = {
+            name: _parsed(cell, _META.get(name, _EXTRA_META)["kind"])
+            for name, cell in zip(header, row, strict=True)
+            if cell or name in _META
+        }
+        records.append(Record.from_dict(cells))
     return records
 
 

@@ -98,6 +98,9 @@ def test_what_cannot_be_is_one_line(uri: str, empty_uri: str, capsys: pytest.Cap
     cases = {
         ("--date", "2020-01-01", "--tracking-uri", uri): "nothing ran on that day; the last days with runs are 2026-",
         ("--date", "2026-13-01", "--tracking-uri", uri): "no such day",
+        ("--date", "", "--tracking-uri", uri): "--date '': no such day",
+        ("--day", "2026-01-01", "--tracking-uri", uri): "unrecognized arguments: --day 2026-01-01 (--help lists",
+        ("--date", "2026-01-01"): "the following arguments are required: --tracking-uri (--help lists",
         ("--tracking-uri", empty_uri): "no sweep is logged there yet",
         ("--tracking-uri", "sqlite:///nowhere.db"): "there is no database file",
     }  # fmt: skip

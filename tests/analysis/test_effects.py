@@ -47,6 +47,20 @@ def test_seeds_that_would_resolve_it_shrink_with_the_effect():
     assert (same.value, same.lo, same.hi) == (0, 0, 0) and not same.resolved
 
 
+def test_seeds_are_not_asked_for_what_seeds_average_out():
+    """Noise of single errors falls with seeds; what samples differ by does not, and is said."""
+    rng, samples, size = np.random.default_rng(6), 400, 0.02
+    base = np.ones((3, samples))
+    found = [effect("a", "b", base + size + rng.normal(0, 0.5, base.shape), base) for _ in range(200)]
+    open_ = [f for f in found if not f.resolved and abs(f.value - size) < 0.002]
+    # At this size 80 % power takes (1.96 + .84)^2 * .5^2 / (400 * .02^2) = 12 seeds.
+    assert len(open_) >= 15 and all(f.enough_seeds for f in open_)
+    assert 8 <= np.median([f.enough_seeds for f in open_]) <= 20
+    unlike = base + 0.001 + rng.normal(0, 0.5, samples) + rng.normal(0, 1e-3, base.shape)
+    beyond = effect("a", "b", unlike, base)
+    assert beyond.enough_seeds == 0 and "would take more test samples" in sentence(beyond)
+
+
 def test_only_shared_seeds_are_paired_and_bad_tables_are_refused():
     rows = {seed: list(np.linspace(1, 2, 10)) for seed in (1, 2, 3)}
     more = {seed: [1.1 * x for x in values] for seed, values in rows.items()}
@@ -120,7 +134,7 @@ def test_where_seeds_cannot_resolve_an_effect_the_sentence_says_what_could():
     noise = 0.5 * np.random.default_rng(2).normal(0, 1, 10)
     tables = {"a": np.tile(base + noise + 0.01, (3, 1)), "b": np.tile(base, (3, 1))}
     found = contrast(against("a", "b"), tables)
-    assert not found.resolved and found.enough_seeds is None
+    assert not found.resolved and found.enough_seeds == 0
     assert sentence(found).endswith("; an effect of this size would take more test samples, however many seeds.")
     same = contrast(against("a", "b"), {"a": tables["b"], "b": tables["b"]})
     assert sentence(same).endswith("(3 seeds, 10 samples).")

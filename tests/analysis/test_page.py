@@ -102,6 +102,7 @@ def test_it_works_in_a_sandboxed_frame(text: str, tmp_path: Path) -> None:
       }
       set("filter", "T>3");
       set("filter", "verdict=fail t3b05");
+      set("filter", "drop<1.5%");
       set("filter", "");
       set("moment", "0");
       const asked = performance.getEntriesByType("resource").length;
@@ -120,4 +121,6 @@ def test_it_works_in_a_sandboxed_frame(text: str, tmp_path: Path) -> None:
     assert "4 points, K_T3B05_run1; " in done.stdout
     assert "filter T&gt;3: 1 of 4 points; " in done.stdout
     assert "filter verdict=fail t3b05: 1 of 4 points; " in done.stdout
+    near = sum(rec.drop is not None and rec.drop < 0.015 for rec, _ in three())
+    assert f"filter drop&lt;1.5%: {near} of 4 points; " in done.stdout
     assert "filter : ; moment 0: after 1 measured (K_teacher_run1): hypervolume 0; 0 requests" in done.stdout

@@ -247,6 +247,8 @@ def test_sigterm_ends_campaign_and_stage_in_order(tmp_path: Path) -> None:
         ("--plan all --resume", "--resume: no campaign all_small_seed42"),
         ("--plan all --set epochz=3", "--set epochz: no stage of this campaign has that setting"),
         ("--plan all --set epochs=many", "--set epochs=many"),
+        ("--plan dust3r --set teacher=missing.pth", "/missing.pth: no such file or folder"),
+        ("--plan dust3r --set data=/nowhere", "--set data=/nowhere: no such file or folder"),
         ("--plan all --set model=x.pth", "--set model: stage KQ takes it from an earlier one"),
         ("--plan all --side-by-side 2", "--side-by-side 2: expected 1, or more with --address"),
         ("--plan all --campaign ../x", "--campaign '../x': expected a name"),

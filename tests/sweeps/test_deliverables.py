@@ -33,6 +33,9 @@ STAGES = (
 )  # fmt: skip
 
 
+NOTED: dict[str, str] = {}  # fields that every record of a sweep has beside the usual ones
+
+
 def sweep(plan: Plan, stage: Stage, trials: list[dict], profile: str) -> None:
     """A finished sweep: its journal, files and runs in MLflow. A trial: exp_id, files, reason, epochs, drop."""
     folder = plan.sweep_folder(stage)
@@ -55,7 +58,7 @@ def sweep(plan: Plan, stage: Stage, trials: list[dict], profile: str) -> None:
         record = Record(exp_id=given["exp_id"], task_id=task, domain="dust3r", profile=profile, T=3, seed=7,
                         absrel=0.125, stop_reason=reason, epochs=given["epochs"], workload_hash="w1",
                         drop=given["drop"], verdict="pass" if given["drop"] <= 0.01 else "fail",
-                        datetime="2026-03-01T12:00:00+01:00",
+                        datetime="2026-03-01T12:00:00+01:00", **NOTED,
                         extra={"cpu_hours": 0.1 * given["epochs"], "p50_ratio_fp32": 2.5})  # fmt: skip
         journal.append("record", trial_id=trial_id, record=record.to_dict())
         for file in given["files"]:
@@ -225,6 +228,15 @@ def in_table(folder: Path, old: str, new: str) -> None:
     listed(folder, "result_table.csv")
 
 
+def in_store(folder: Path, change: Callable[[str], str]) -> None:
+    """Another record in MLflow's tag, which is what pictures and reports show; its metrics stay."""
+    run = Manifest.read(folder / "manifest.json").tasks[0].judged[0]
+    with sqlite3.connect(folder.parents[1] / "mlflow.db") as store:
+        (before,) = store.execute("select value from tags where key = 'record' and run_uuid = ?", (run,)).fetchone()
+        assert change(before) != before
+        store.execute("update tags set value = ? where key = 'record' and run_uuid = ?", (change(before), run))
+
+
 def put(folder: Path, name: str, text: str) -> None:
     """Other content; the deliverable may be a link to the sweep's own file."""
     (folder / name).unlink()
@@ -261,6 +273,13 @@ TAMPERED = {
                  "result_table.csv: manifest.json does not list it"),
     "number": (lambda f: in_table(f, "0.125", "0.12"), "absrel is 0.12 in result_table.csv, 0.125 in MLflow"),
     "input": (lambda f: in_table(f, ",3.0,", ",5.0,"), "T is 5.0 in result_table.csv, 3.0 in MLflow"),
+    "emptied": (lambda f: in_table(f, ",0.125,", ",,"), "absrel is nothing in result_table.csv, 0.125 in MLflow"),
+    "word": (lambda f: in_table(f, ",plateau,", ",completed,"),
+             "stop_reason is 'completed' in result_table.csv, 'plateau' in MLflow"),
+    "cell": (lambda f: in_table(f, ",plateau,", f",{'x' * 140_000},"), "field larger than field limit"),
+    "shown record": (lambda f: in_store(f, lambda record: record.replace('"drop":0.002', '"drop":0.001')),
+                     "drop is 0.002 in result_table.csv, 0.001 in MLflow"),
+    "no record": (lambda f: in_store(f, lambda record: record[:-1]), "the record in MLflow cannot be read"),
     "row": (lambda f: in_table(f, (f / "result_table.csv").read_text().splitlines()[2] + "\n", ""),
             "in MLflow, but not in result_table.csv"),
     "run": (lambda f: in_table(f, Manifest.read(f / "manifest.json").tasks[0].judged[0], "feed"),
@@ -270,6 +289,8 @@ TAMPERED = {
     "verdict": (lambda f: edited(f, lambda d: d["tasks"][0].update(verdict="fail")),
                 "K-1: manifest.json says fail, the table pass"),
     "softened": (lambda f: edited(f, lambda d: d["tasks"][1].update(judged=[])), "K-2: manifest.json says pass"),
+    "dropped": (lambda f: edited(f, lambda d: d["tasks"].pop(1)),
+                "K-2: one_small_seed42 ran it, manifest.json does not list it"),
     "workload": (lambda f: (put(f, "workload.yaml", "workload_hash: w2\n"), listed(f, "workload.yaml")),
                  "K_good_run1: measured on workload w1, workload.yaml is w2"),
     "profile": (lambda f: edited(f, lambda d: d.update(profile="demo")), "profile small, manifest.json says demo"),
@@ -286,6 +307,18 @@ def test_every_change_is_a_line(case: str, copy: Path, capsys: pytest.CaptureFix
     problems = [line for line in out.splitlines() if line.startswith("problem: ")]
     assert any(said in line for line in problems), out
     assert out.endswith(f"; {len(problems)} problems\n") and not err
+
+
+def test_a_text_that_mlflow_shows_cut_is_no_change(tmp_path: Path, template, monkeypatch) -> None:
+    monkeypatch.setattr("sweeps.mlflow_content._LONGEST_TAG", 1100)
+    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+    monkeypatch.setitem(NOTED, "notes", "a long note " * 40)
+    folder = deliverables.write(campaign(tmp_path), {}).folder
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        shown = [text for (text,) in store.execute("select value from tags where key = 'record'")]
+    assert shown and all('..."' in text for text in shown) and not verify.check(folder).problems
+    in_table(folder, "a long note", "a false note")
+    assert any("notes is 'a false note" in problem for problem in verify.check(folder).problems)
 
 
 def test_a_missed_line_is_a_problem_but_for_the_demo(tmp_path: Path, template) -> None:
