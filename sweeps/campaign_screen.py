@@ -40,12 +40,16 @@ def preview(console: Console, plan: Plan, storage: Path) -> None:
         row = (stage.id, stage.path.name, ", ".join(task.id for task in stage.tasks), ", ".join(needs) or "-", took)
         table.add_row(*map(escape, row), escape(", ".join(files)))
     console.print(table)
-    said = _hours((low, high), _unit(plan)) if low or high else "unknown"
+    here = sum(stage.id in measured for stage in plan.selected)
+    unit = "as measured here"
+    if here < len(plan.selected):
+        unit = f"{_unit(plan)}, and {unit}" if here else _unit(plan)
+    said = _hours((low, high), unit) if low or high else "unknown"
     console.print(f"Hours: {said}" + (f"; unknown for {', '.join(unknown)}" if unknown else ""), soft_wrap=True)
-    here = next(place for place in (storage, *storage.parents) if place.exists())
+    place = next(place for place in (storage, *storage.parents) if place.exists())
     disk = [size for key, (_, size) in measured.items() if key in {stage.id for stage in plan.selected}]
     took = f"; earlier runs of {len(disk)} of {len(plan.selected)} stages took {sum(disk) / 1e9:.2f} GB" if disk else ""
-    console.print(f"Disk: {shutil.disk_usage(here).free / 1e9:.1f} GB free{took}", soft_wrap=True)
+    console.print(f"Disk: {shutil.disk_usage(place).free / 1e9:.1f} GB free{took}", soft_wrap=True)
     console.print(f"Folder: {plan.folder}", soft_wrap=True)
 
 

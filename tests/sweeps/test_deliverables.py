@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from analysis import verify
 from analysis.__main__ import main as analysis
 from analysis.manifest import Manifest
 from engines.errors import InputError
+from sweeps import campaign_screen as screen
 from sweeps import deliverables
 from sweeps.campaign import run
 from sweeps.catalogue import Needs, Stage, Task, drop
@@ -198,6 +200,18 @@ def test_hours_saved_are_the_epochs_not_run_at_the_trials_own_pace(whole: Path) 
     assert k["wall_h"] == 2 and kq["wall_h"] is None
     # An INT8 trial that ended within its gate did what it was meant to: nothing was saved.
     assert kq["saved"] == {} and ledger["campaign"]["hours"] == pytest.approx(1.5)
+
+
+def test_a_dry_run_says_which_hours_were_measured_here(
+    tmp_path: Path, template, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+    plan = campaign(tmp_path)
+    screen.preview(Console(width=140), plan, tmp_path)
+    assert "Hours: 1.5 as measured here\n" in capsys.readouterr().out
+    shutil.rmtree(plan.sweep_folder(STAGES[1]))
+    screen.preview(Console(width=140), plan, tmp_path)
+    assert "Hours: 1.4 CPU-hours, as once taken, and as measured here; unknown for KQ\n" in capsys.readouterr().out
 
 
 def edited(folder: Path, change) -> None:
