@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.local.config import prepare_local
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 
@@ -52,6 +53,41 @@ def test_every_ray_has_a_token_and_nothing_but_ray_listens_outside(name: str) ->
     assert any(re.search(r"chmod 600 .*auth_token", line) for line in config["setup_commands"])
     assert any("-c ~/slimsweep/constraints.txt" in line for line in config["setup_commands"]), "nothing is pinned"
     assert any("deploy/mlflow_server.sh" in line for line in config["head_start_ray_commands"])
+
+
+def test_the_head_is_told_its_address_by_itself() -> None:
+    """Ray's launcher sets RAY_HEAD_IP for workers only; on the head, `ray start --node-ip-address=` is refused."""
+    for name in LAUNCHER:
+        assert not [line for line in read(name)["head_start_ray_commands"] if "RAY_HEAD_IP" in line]
+    own = read("deploy/on_premise.yaml")
+    start = next(line for line in own["head_start_ray_commands"] if "ray start" in line)
+    assert f"--node-ip-address={own['provider']['head_ip']} " in start
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_the_files_of_secrets_are_made_as_ray_has_them_typed(name: str, tmp_path: Path) -> None:
+    """Ray wraps each command (`... && (COMMAND)`) before a shell reads it; these really run, in a home of their own."""
+    home = tmp_path / "home"
+    (home / ".ray").mkdir(parents=True)
+    (home / "slimsweep").symlink_to(ROOT)
+    (home / "venv").symlink_to(sys.prefix)
+    (home / ".bashrc").write_text("")
+    for secret in ("auth_token", "mlflow_password"):
+        (home / ".ray" / secret).write_text("0123456789abcdef\n")
+    config = read(name)
+    lines = [line for line in config["setup_commands"] if "shared" not in line and "pip" not in line]
+    assert len(lines) == 2
+    for line in [*lines, *config["head_setup_commands"]] * 2:  # setup runs again at every `ray up`
+        words = shlex.split(" ".join(_with_interactive(line)))
+        env = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(words, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+    made = {path.name: path.stat().st_mode & 0o777 for path in (home / ".ray").iterdir()}
+    assert made == dict.fromkeys(("auth_token", "mlflow_password", "mlflow.env"), 0o600)
+    assert (home / ".bashrc").read_text().count("\n") == 2
+    shell = shlex.split(" ".join(_with_interactive("echo $RAY_AUTH_MODE $MLFLOW_TRACKING_PASSWORD; command -v ray")))
+    seen = subprocess.run(shell, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout.split()
+    assert seen == ["token", "0123456789abcdef", str(home / "venv" / "bin" / "ray")]
 
 
 def test_workers_of_the_cloud_are_spot_gpus_with_labels_and_the_head_runs_no_trials() -> None:

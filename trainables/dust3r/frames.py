@@ -201,6 +201,16 @@ def from_centres(intrinsics: npt.NDArray[np.generic]) -> Floats:
     return k
 
 
+def published(camera: Floats, size: tuple[int, int], image: npt.NDArray[np.uint8]) -> Floats:
+    """A data set's own `camera`, of images of `size` = (H, W). BrokenFrame for an image of another size."""
+    if image.shape[:2] != size:
+        raise BrokenFrame(
+            f"{image.shape[1]}x{image.shape[0]} pixels, the data set's own camera takes {size[1]}x{size[0]}: "
+            f"add camera-intrinsics.txt (3 x 3)"
+        )
+    return camera
+
+
 def depth_onto(depth: Floats, own: Floats, camera: Floats, size: tuple[int, int]) -> Floats:
     """Depth (h, w) of intrinsics `own` at the pixels of an image of `size` = (H, W) with intrinsics `camera`.
 

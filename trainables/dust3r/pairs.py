@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class SceneGraph:
     """Images of one scene, its directed pair graph, and the truth.
 
     names: of the images; image (n, 3, H, W) uint8; edges: pairs of their numbers; pose (n, 4, 4) float32, camera to
-    the first camera, metres; intrinsics (n, 3, 3) float32, pixels.
+    the first camera, metres; intrinsics (n, 3, 3) float32, pixels; skipped: names of frames that could not be used,
+    with the reason.
     """
 
     names: list[str]
@@ -33,6 +34,7 @@ class SceneGraph:
     edges: Edges
     pose: Tensor
     intrinsics: Tensor
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 def covisibility(points: Tensor, pose: Tensor, depth: Tensor, intrinsics: Tensor) -> Tensor:

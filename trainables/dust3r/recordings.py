@@ -89,11 +89,7 @@ class Recordings:
         """Frames and hashes of the fixed splits, the sampled pairs by name, and what was skipped."""
         self._check()
         if self.skipped:
-            some = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:2])
-            print(
-                f"warning: data={self.folder}: {len(self.skipped)} frames skipped ({some}); workload.yaml lists them",
-                file=sys.stderr,
-            )
+            print(f"warning: data={self.folder}: {self._lost()}; workload.yaml lists them", file=sys.stderr)
         fixed = {split: self.listing(split) for split in ("val", "test")}
         scene = self.scene()
         return {
@@ -128,7 +124,9 @@ class Recordings:
         intrinsics = np.stack([frame.intrinsics for frame in found]).astype(np.float32)
         arrays = (torch.from_numpy(np.ascontiguousarray(array)) for array in (image, pose, intrinsics))
         images, poses, cameras = arrays
-        return SceneGraph([f"{usable.name}/{name}" for name in names], images, edges, poses, cameras)
+        there = (f"{usable.name}/{name}" for name in scenes[number].frames)
+        skipped = {name: self.skipped[name] for name in there if name in self.skipped}
+        return SceneGraph([f"{usable.name}/{name}" for name in names], images, edges, poses, cameras, skipped)
 
     def _sample(self) -> list[Link]:
         """`sampled_pairs` directed pairs of the test split, without replacement."""
@@ -148,8 +146,9 @@ class Recordings:
         few = [f"{key}={want}: {got} there (--set {key}={got})" for key, (got, want) in asked.items() if got < want]
         if few:
             raise InputError(
-                f"data={self.folder} ({self._layout[0]}) has too few pairs for {'; '.join(few)}. More views_per_scene="
-                f"{self.workload.views_per_scene} or neighbours={self.workload.neighbours} give more pairs"
+                f"data={self.folder} ({self._layout[0]}) has too few pairs for {'; '.join(few)}; {self._lost()}. More "
+                f"views_per_scene={self.workload.views_per_scene}, neighbours={self.workload.neighbours} or "
+                f"pair_graph=complete may give more"
             )
 
     def listing(self, split: str) -> Listing:
@@ -181,12 +180,15 @@ class Recordings:
         return Listing(chosen, digest.hexdigest()[:16], used)
 
     def _nothing(self, split: str, scenes: int) -> InputError:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:1])
         return InputError(
             f"data={self.folder} ({self._layout[0]}): no pair for {split} in {scenes} scenes, "
-            f"{len(self.skipped)} frames skipped{f' ({why})' if why else ''}; give other frames, or another size by "
-            f"--set image_size= (now {self.workload.image_size})"
+            f"{self._lost()}; give other frames, or another size by --set image_size= (now {self.workload.image_size})"
         )
+
+    def _lost(self) -> str:
+        """How many frames were skipped, and why the first two were."""
+        some = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:2])
+        return f"{len(self.skipped)} frames skipped{some and f' ({some})'}"
 
     def _usable(self, scene: Scene) -> Scene:
         """`views_per_scene` evenly spaced frames of a scene, or those of some of its own pairs, less the broken."""

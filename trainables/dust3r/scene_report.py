@@ -49,7 +49,8 @@ def write(model: DUSt3R, graph: SceneGraph, folder: Path, known_poses: bool, ste
         {"image": name, "pose": pose, "focal": focal}
         for name, pose, focal in zip(graph.names, found.poses.tolist(), found.focals.tolist(), strict=True)
     ]
-    poses_json = json.dumps({"unit": unit, "t_scene_s": in_all, "pairs": graph.edges, "cameras": cameras})
+    poses_json = json.dumps({"unit": unit, "t_scene_s": in_all, "pairs": graph.edges, "cameras": cameras,
+                             "skipped_frames": dict(graph.skipped)})  # fmt: skip
     try:
         with TemporaryDirectory(dir=folder, prefix=".scene") as draft:  # a file appears whole or not at all
             write_ply(Path(draft) / "cloud.ply", points, colours)
@@ -63,12 +64,22 @@ def write(model: DUSt3R, graph: SceneGraph, folder: Path, known_poses: bool, ste
         [
             f"{len(images)} images ({graph.names[0]} to {graph.names[-1]}), {len(graph.edges)} directed pairs, "
             f"poses {'given' if known_poses else 'found'}",
+            *_missing(graph),
             f"t_scene {in_all:.2f} s on {device.type}: pairs {in_pairs:.2f} s, each image encoded once, "
             f"alignment {in_all - in_pairs:.2f} s ({steps} steps, loss {found.loss[0]:.3f} to {found.loss[1]:.3f})",
             _beside_truth(found, graph, known_poses),
             f"{', '.join(str(folder / name) for name in FILES)}: {len(points):,} points",
         ]
     )
+
+
+def _missing(graph: SceneGraph) -> list[str]:
+    """A line where frames of the recording could not be used."""
+    if not graph.skipped:
+        return []
+    count, (name, reason) = len(graph.skipped), next(iter(graph.skipped.items()))
+    more = "" if count == 1 else "; poses.json lists all"
+    return [f"{count} frame{'s' if count > 1 else ''} skipped ({name}: {reason}){more}"]
 
 
 def _beside_truth(found: Reconstruction, graph: SceneGraph, known_poses: bool) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from engines.errors import InputError
 from trainables.dust3r.frames import BrokenFrame, points
-from trainables.dust3r.readers import layouts
+from trainables.dust3r.readers import layouts, sevenscenes
 
 SPEC = importlib.util.spec_from_file_location("written_layouts", Path(__file__).parent / "layouts.py")
 written = sys.modules.setdefault("written_layouts", importlib.util.module_from_spec(SPEC))
@@ -52,6 +52,30 @@ def test_invalid_depths_are_zero(tmp_path):
     write(written.sevenscenes, tmp_path / "data")
     frame = layouts.scenes(tmp_path / "data")[1][0]
     assert (frame.read(frame.frames[0]).depth[0, :4] > 0).tolist() == [False, False, False, True]
+
+
+def test_a_frame_without_a_pose_is_listed_as_the_others_are(tmp_path):
+    """So that whoever reads it counts it."""
+    write(written.sevenscenes, tmp_path / "data")
+    (tmp_path / "data/chess/seq-01/frame-000002.pose.txt").unlink()
+    scene = layouts.scenes(tmp_path / "data")[1][0]
+    assert len(scene.frames) == COUNT
+    with pytest.raises(BrokenFrame, match="frame-000002.pose.txt: No such file"):
+        scene.read("frame-000002")
+
+
+def test_portraits_are_not_taken_for_what_the_data_set_s_camera_sees(tmp_path):
+    (tmp_path / "data").mkdir()
+    for turned, size in ((False, (480, 640)), (True, (640, 480))):
+        written.save_image(tmp_path / "data/frame-000000.color.png", np.zeros((*size, 3), np.uint8))
+        written.save_depth(tmp_path / "data/frame-000000.depth.png", np.ones(size))
+        np.savetxt(tmp_path / "data/frame-000000.pose.txt", np.eye(4))
+        (scene,) = sevenscenes.find(tmp_path / "data")
+        if turned:
+            with pytest.raises(BrokenFrame, match="480x640 pixels, .* takes 640x480: add camera-intrinsics.txt"):
+                scene.read(scene.frames[0])
+        else:
+            assert scene.read(scene.frames[0]).intrinsics.tolist() == [[585, 0, 320], [0, 585, 240], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("kind", [*written.EXR, written.scannetpp, written.arkitscenes], ids=lambda kind: kind.__name__)
@@ -168,7 +192,7 @@ def test_tum_needs_times_that_match_and_a_known_camera(tmp_path):
         layouts.scenes(tmp_path / "data")[1][0].read(scene.frames[0])
     place.rename(place.with_name("rgbd_dataset_freiburg2_wall"))
     (scene,) = layouts.scenes(tmp_path / "data")[1]
-    with pytest.raises(BrokenFrame, match="principal point"):  # that of 640 x 480 images, which these are not
+    with pytest.raises(BrokenFrame, match="64x48 pixels, .* takes 640x480: add camera-intrinsics.txt"):
         scene.read(scene.frames[0])
     (tmp_path / "data" / scene.name / "rgb.txt").write_text("now rgb/1.png\n")
     with pytest.raises(InputError, match="rgb.txt line 1"):

@@ -1,6 +1,7 @@
 """From a folder of frames to batches: splits, picked frames, pair graphs, what is skipped, and a domain that trains."""
 
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from engines.errors import InputError
 from sweeps.settings import DISTILL, WORKLOAD, resolve
 from trainables import evaluate
 from trainables.config import WorkloadSettings
+from trainables.dust3r.__main__ import main
 from trainables.dust3r.frames import Scene
 from trainables.dust3r.recordings import BLOCKS, Recordings, splits
 
@@ -132,6 +134,8 @@ def test_broken_frames_are_skipped_and_counted(wall, tmp_path, capsys):
     for split in BLOCKS:
         assert not {name[-6:] for _, name in names(data.listing(split))} & expected.keys()
         assert data.pairs(split, torch.arange(3))["image"].shape[0] == 3
+    with pytest.raises(InputError, match=r"too few pairs for .*; 4 frames skipped \(wall/frame-"):
+        recordings(folder, val_pairs=100).sampled()
     for path in folder.glob("*.pose.txt"):
         path.write_text("nothing")
     with pytest.raises(InputError, match=r"no pair for (train|val|test).*frames skipped.*pose.txt") as error:
@@ -146,6 +150,7 @@ def test_too_few_pairs_are_named_with_the_fix(wall):
     text = str(error.value)
     fixes = dict(re.findall(r"\(--set (\w+)=(\d+)\)", text))
     assert set(fixes) == {"train_samples", *many} and "\n" not in text
+    assert "pair_graph=complete may give more" in text
     counts = {key: int(value) for key, value in fixes.items()}
     train = counts.pop("train_samples") // 2
     fitting = recordings(wall, train, **counts)
@@ -241,4 +246,19 @@ def test_the_scene_is_of_test_frames_that_pairs_join(wall):
     assert all((j, i) in found.edges for i, j in found.edges)
     few = recordings(wall, scene_views=2).scene()
     assert len(few.names) == 2 and sorted(few.edges) == [(0, 1), (1, 0)]
+    assert found.skipped == {}
     assert data.sampled()["scene"] == {"views": found.names, "pairs": [list(edge) for edge in found.edges]}
+
+
+def test_a_scene_says_which_frames_it_lacks(tiny, wall, tmp_path, capsys):
+    folder = shutil.copytree(wall, tmp_path / "wall")
+    for number in (3, 25):  # of training and of the scene
+        np.savetxt(folder / f"frame-{number:06d}.pose.txt", np.full((4, 4), -np.inf))
+    teacher = tiny.save_model(tmp_path / "t.pth", tiny.new_model(img_size=(32, 48)))
+    few = ("views_per_scene=30", "scene_views=3", "scene_steps=2", "image_size=48x32")
+    sets = [word for item in few for word in ("--set", item)]
+    command = ["scene", "--model", str(teacher), "--data", str(folder), "--out", str(tmp_path / "out"), "--known-poses"]
+    assert main([*command, *sets]) == 0
+    assert "1 frame skipped (wall/frame-000025: its pose is not finite)" in capsys.readouterr().out
+    listed = json.loads((tmp_path / "out" / "poses.json").read_text())["skipped_frames"]
+    assert listed == {"wall/frame-000025": "its pose is not finite"}

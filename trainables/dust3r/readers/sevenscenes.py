@@ -1,7 +1,7 @@
 """7-Scenes: frame-%06d.{color.png,depth.png,pose.txt} in a folder, or SCENE/seq-%02d/ with SCENE/TestSplit.txt.
 
 Depth in millimetres, 0 and 65535 unknown; poses are camera to world. One pinhole camera for colour and depth: 585
-pixels, centred, unless a camera-intrinsics.txt (3 x 3) lies beside the frames.
+pixels, in the middle of 640x480, unless a camera-intrinsics.txt (3 x 3, from the image's corner) lies beside them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from engines.errors import InputError
-from trainables.dust3r.frames import Floats, Frame, Scene, read_depth, read_image, read_numbers
+from trainables.dust3r.frames import Floats, Frame, Scene, published, read_depth, read_image, read_numbers
 
-FOCAL, WIDTH, HEIGHT = 585.0, 640, 480
+SIZE = (480, 640)
+OWN = np.array([[585.0, 0, SIZE[1] / 2], [0, 585.0, SIZE[0] / 2], [0, 0, 1]])
 UNKNOWN = 65535
 
 
@@ -26,7 +28,8 @@ def find(folder: Path) -> list[Scene]:
 
 
 def _scene(folder: Path, place: Path) -> Scene:
-    frames = sorted(path.name.removesuffix(".pose.txt") for path in place.glob("frame-*.pose.txt"))
+    # By any of its files: a frame that lacks one is broken, and counted by whoever reads it.
+    frames = sorted({path.name.split(".")[0] for path in place.glob("frame-*.*.*")})
     name = place.relative_to(folder).as_posix() if place != folder else place.name
     return Scene(name, frames, partial(_read, place), _split(place), place=place.parent.name)
 
@@ -47,11 +50,9 @@ def _read(place: Path, name: str) -> Frame:
     colour = place / f"{name}.color.png"
     image = read_image(colour if colour.exists() else colour.with_suffix(".jpg"))
     depth = read_depth(place / f"{name}.depth.png", 1e-3, UNKNOWN)
-    return Frame(image, depth, _camera(place), read_numbers(place / f"{name}.pose.txt", (4, 4)))
+    return Frame(image, depth, _camera(place, image), read_numbers(place / f"{name}.pose.txt", (4, 4)))
 
 
-def _camera(place: Path) -> Floats:
+def _camera(place: Path, image: npt.NDArray[np.uint8]) -> Floats:
     own = place / "camera-intrinsics.txt"
-    if own.is_file():
-        return read_numbers(own, (3, 3))
-    return np.array([[FOCAL, 0, WIDTH / 2], [0, FOCAL, HEIGHT / 2], [0, 0, 1]])
+    return read_numbers(own, (3, 3)) if own.is_file() else published(OWN, SIZE, image)

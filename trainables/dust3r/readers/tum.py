@@ -1,7 +1,8 @@
 """TUM RGB-D: rgb.txt, depth.txt and groundtruth.txt list times, files and poses; they are matched by time.
 
 Depth is in 1/5000 m. Poses are camera to world, 'tx ty tz qx qy qz qw'. Intrinsics are the published calibration of the
-Freiburg set that the folder is named after, or a camera-intrinsics.txt (3 x 3) in it.
+Freiburg set that the folder is named after (640x480), or a camera-intrinsics.txt (3 x 3, from the first pixel's centre)
+in it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from scipy.spatial.transform import Rotation
 
 from engines.errors import InputError
@@ -20,6 +22,7 @@ from trainables.dust3r.frames import (
     Frame,
     Scene,
     from_centres,
+    published,
     read_depth,
     read_image,
     read_numbers,
@@ -27,6 +30,7 @@ from trainables.dust3r.frames import (
 
 UNIT = 1 / 5000
 APART = 0.02  # seconds between an image and its depth or pose, at most
+SIZE = (480, 640)
 CALIBRATED = {  # set -> fx, fy, cx, cy of the colour camera
     "1": (517.3, 516.5, 318.6, 255.3),
     "2": (520.9, 521.0, 325.1, 249.7),
@@ -71,8 +75,9 @@ def _read(
     name: str,
 ) -> Frame:
     time, file = frames[name]
+    image = read_image(place / file)
     depth = read_depth(place / _nearest(depths, time, "depth")[0], UNIT)
-    return Frame(read_image(place / file), depth, _camera(place), _pose(_nearest(poses, time, "pose")))
+    return Frame(image, depth, _camera(place, image), _pose(_nearest(poses, time, "pose")))
 
 
 def _nearest(rows: list[tuple[float, list[str]]], time: float, what: str) -> list[str]:
@@ -92,7 +97,7 @@ def _pose(words: list[str]) -> Floats:
     return pose
 
 
-def _camera(place: Path) -> Floats:
+def _camera(place: Path, image: npt.NDArray[np.uint8]) -> Floats:
     own = place / "camera-intrinsics.txt"
     if own.is_file():
         return from_centres(read_numbers(own, (3, 3)))
@@ -102,4 +107,4 @@ def _camera(place: Path) -> Floats:
             f"{place}: its name holds no freiburg1, 2 or 3, so its camera is unknown: add camera-intrinsics.txt (3 x 3)"
         )
     fx, fy, cx, cy = CALIBRATED[number[1]]
-    return from_centres(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]))
+    return published(from_centres(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])), SIZE, image)
