@@ -125,6 +125,8 @@ def _check_settings(plan: Plan) -> None:
     for key in values:
         if not any(stage.knows(key) for stage in plan.selected):
             raise InputError(f"--set {key}: no stage of this campaign has that setting; see sweeps/settings/*.yaml")
+    if "teacher" in values and len({stage.domain for stage in plan.selected}) > 1:
+        raise InputError("--set teacher: each domain has a teacher of its own; run --plan dust3r and alphaqubit apart")
     for stage in plan.selected:
         own = {key: value for key, value in values.items() if stage.knows(key)}
         taken = [need.setting for need in stage.needs if need.setting in own]

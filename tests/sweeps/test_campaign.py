@@ -249,6 +249,7 @@ def test_sigterm_ends_campaign_and_stage_in_order(tmp_path: Path) -> None:
         ("--plan all --set epochs=many", "--set epochs=many"),
         ("--plan dust3r --set teacher=missing.pth", "/missing.pth: no such file or folder"),
         ("--plan dust3r --set data=/nowhere", "--set data=/nowhere: no such file or folder"),
+        ("--plan all --set teacher=x.pth", "--set teacher: each domain has a teacher of its own; run --plan dust3r"),
         ("--plan all --set model=x.pth", "--set model: stage KQ takes it from an earlier one"),
         ("--plan all --side-by-side 2", "--side-by-side 2: expected 1, or more with --address"),
         ("--plan all --campaign ../x", "--campaign '../x': expected a name"),
