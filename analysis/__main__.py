@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from analysis.words import ACROSS
-from trainables.record import InputError
+from trainables.record import InputError, Parser
 
 if TYPE_CHECKING:
     from analysis.store import SweepData
@@ -24,27 +24,22 @@ _EXAMPLES = """examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (--help lists the flags)")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line; InputError for flags that cannot be."""
-    top = _Parser(
+    top = Parser(
         prog="python -m analysis",
         description="Pictures and tables of sweeps that are logged in MLflow.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    store = _Parser(add_help=False)
+    store = Parser(add_help=False)
     store.add_argument(
         "--tracking-uri",
         required=True,
         metavar="URI",
         help="sqlite:///path/mlflow.db, postgresql://... or the address of a server",
     )
-    several = _Parser(add_help=False, parents=[store])
+    several = Parser(add_help=False, parents=[store])
     which = several.add_mutually_exclusive_group(required=True)
     which.add_argument("--sweep", nargs="+", metavar="NAME", default=(), help="run names (or run ids) of sweeps")
     which.add_argument("--campaign", metavar="NAME", help="all sweeps that this campaign started")

@@ -145,8 +145,8 @@ def sentence(found: Effect) -> str:
         more = max(found.enough_seeds - seeds, 1)
         return f"{said}; an effect of this size would take about {found.enough_seeds} seeds ({more} more)."
     if found.enough_seeds == 0:
-        takes = "more test samples, however many seeds" if found.samples else f"more than {MOST_SEEDS} seeds"
-        return f"{said}; an effect of this size would take {takes}."
+        samples = ", or more test samples" if found.samples else ""
+        return f"{said}; an effect of this size would take more than {MOST_SEEDS} seeds{samples}."
     return f"{said}."
 
 

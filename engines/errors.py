@@ -1,8 +1,10 @@
 """The one error that a user's input can cause, and how a command line ends with it."""
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -12,6 +14,14 @@ class InputError(ValueError):
     it as ``error: <message>`` and exit with code 2; everything else that is raised is a defect and keeps
     its traceback.
     """
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags that cannot be are an InputError like any other bad input, not usage text of several lines."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse for what it cannot take."""
+        raise InputError(f"{message} (--help lists the flags)")
 
 
 def command_line(body: Callable[[list[str] | None], None]) -> Callable[..., int]:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from engines.errors import InputError
+from engines.errors import InputError, Parser
 from sweeps.placement import Placement, add_flags, read_flags
 from sweeps.settings import PROFILES, parse_set
 
@@ -39,15 +39,10 @@ class Flags:
     hang_min: float
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (--help lists the flags)")
-
-
 def common(doc: str) -> argparse.ArgumentParser:
     """The flags that sweeps and campaigns share. doc: the script's docstring, shown by --help."""
     first, _, rest = doc.strip().partition("\n")
-    parser = _Parser(
+    parser = Parser(
         description=first,
         epilog=f"examples:\n{rest}" if rest.strip() else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -98,8 +98,8 @@ def measure_quality(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     domain = domain_of(job)
     teacher = teacher_metrics(Path(job["cache_dir"]), domain, "test", full=True)
-    model = whole = answering(domain.teacher())
-    own, reference = teacher, f"teacher:{model_hash(whole)}"
+    model = original = answering(domain.teacher())
+    own, reference = teacher, f"teacher:{model_hash(original)}"
     more: dict[str, Any] = {}
     if job["weights"]:
         model = model_of(job, domain)
@@ -117,7 +117,7 @@ def measure_quality(job: Job) -> dict[str, Any]:
     change = _drop(job, domain, own, teacher)
     means = {name: float(values.mean()) for name, values in own.items()}
     beside = domain.compare(own, "test")
-    size = {"params_down": 1 - params_M(model) / params_M(whole)} if job["weights"] else {}
+    size = {"params_down": 1 - params_M(model) / params_M(original)} if job["weights"] else {}
     return {
         **means,
         "quality": means[primary],

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import InputError as InputError
+from engines.errors import Parser as Parser
 
 Value = float | int | str | None
 

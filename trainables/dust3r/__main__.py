@@ -10,13 +10,13 @@ python -m trainables.dust3r scene --model MODEL.pth --data FOLDER --set pair_gra
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
 from pydantic import ValidationError
 
-from engines.errors import InputError, command_line
+from engines.errors import InputError, Parser, command_line
 from engines.untrusted import yaml_data
 from trainables.config import DistillSettings, WorkloadSettings
 from trainables.dust3r import released, scene_report
@@ -25,11 +25,6 @@ from trainables.dust3r.describe import describe
 from trainables.dust3r.domain import SMALL_TEACHER, Dust3r
 
 SETTINGS = Path(__file__).parents[2] / "sweeps" / "settings"  # data, not code: nothing here imports a sweep
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (--help lists the flags)")
 
 
 def settings(profile: str, changes: list[str]) -> dict[str, Any]:
@@ -76,7 +71,7 @@ def table(given: argparse.Namespace) -> str:
 @command_line
 def main(arguments: list[str] | None = None) -> None:
     """Print what the chosen command has to say."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="describe|scene")
     costs = commands.add_parser("describe", help="parameters, FLOPs, memory and cache of teacher and student")
     costs.add_argument("--profile", choices=["demo", "small", "full"], default="small")
