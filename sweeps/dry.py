@@ -13,7 +13,7 @@ from sweeps.journal import SweepState
 from sweeps.ledger import sweeps_in
 from sweeps.plan import Planned
 from sweeps.progress import duration
-from sweeps.settings import Resolved
+from sweeps.settings import WORKLOAD, Resolved
 from sweeps.spec import Sweep
 from sweeps.training import rule_of
 
@@ -42,6 +42,7 @@ def show(
         console.print(f"and {given.samples} trials that Optuna chooses")
     files = [*(trial.saves for trial in planned), *sweep.best_files, sweep.log, *sweep.effect_files, sweep.baseline]
     files += ["result_table.csv", *(PICTURES if sweep.measure and sweep.latency else ())]
+    files += [WORKLOAD.name] if resolved.workload else []
     console.print(f"Folder: {folder}", soft_wrap=True)
     console.print(f"Files: {', '.join(name for name in files if name)}", soft_wrap=True)
     trials = sum(trial.role == "trial" for trial in planned) + given.samples

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engines.errors import InputError
 from trainables.dust3r.frames import BrokenFrame, points
@@ -62,6 +63,29 @@ def test_a_frame_without_a_pose_is_listed_as_the_others_are(tmp_path):
     assert len(scene.frames) == COUNT
     with pytest.raises(BrokenFrame, match="frame-000002.pose.txt: No such file"):
         scene.read("frame-000002")
+
+
+def test_scannet_s_frames_are_those_of_any_file(tmp_path):
+    """PNG images too; depths of 65535 are unknown; a frame that lacks a file is listed, so that its reader counts it."""
+    (name,) = write(written.scannet, tmp_path / "data")
+    place = tmp_path / "data" / name
+    with Image.open(place / "color/1.jpg") as image:
+        image.save(place / "color/1.png")
+        (place / "color/1.jpg").unlink()
+    with Image.open(place / "depth/1.png") as depth:
+        raw = np.array(depth)
+    raw[:12] = 65535
+    Image.fromarray(raw.astype(np.uint16)).save(place / "depth/1.png")
+    (place / "pose/2.txt").unlink()
+    (place / "color/3.jpg").unlink()
+    (scene,) = layouts.scenes(tmp_path / "data")[1]
+    assert list(scene.frames) == [str(n) for n in range(COUNT)]
+    found = scene.read("1").depth
+    assert 0 < found.max() < 10 and (found[:20] == 0).all()
+    with pytest.raises(BrokenFrame, match=r"2\.txt: No such file"):
+        scene.read("2")
+    with pytest.raises(BrokenFrame, match=r"3\.jpg: No such file"):
+        scene.read("3")
 
 
 def test_portraits_are_not_taken_for_what_the_data_set_s_camera_sees(tmp_path):
