@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from namespaces import RAY, ROOT, Host, missing, no_memory_limits, two_hosts
+from namespaces import RAY, ROOT, Host, joined_hosts, missing, no_memory_limits
 
 from sweeps.journal import SweepState, read_events
 
@@ -336,7 +336,7 @@ def suffer(fault: Callable[[Run], None], folder: Path) -> Outcome:
         if fault is storage_full:  # before the hosts start: later mounts would not be seen there
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "disk", str(disk)], check=True)
             after.callback(subprocess.run, ["umount", "--lazy", str(disk)], check=True)
-        alpha, beta = after.enter_context(two_hosts(folder))
+        alpha, beta = after.enter_context(joined_hosts(folder))
         for host in (alpha, beta):
             host.mount(disk, folder / "storage")
         if fault is clock_wrong:

@@ -1,6 +1,6 @@
 """Hosts made of Linux namespaces: each has its own network, mounts, host name and processes, as a machine has.
 
-Two of them are joined by a cable (veth). All vanishes with its first process, so that nothing is left to clean up:
+They are joined by cables (veth). All vanishes with its first process, so that nothing is left to clean up:
 killing that one is pulling the plug. Needs root; `missing` says why where it cannot be.
 """
 
@@ -133,8 +133,10 @@ class Host:
 
 
 @contextlib.contextmanager
-def two_hosts(folder: Path, env: Mapping[str, str] | None = None) -> Iterator[tuple[Host, Host]]:
-    """Two hosts on one cable, alpha and beta; Ray asks each for a token, and has its files on a disk of its own.
+def joined_hosts(
+    folder: Path, env: Mapping[str, str] | None = None, names: Sequence[str] = ("alpha", "beta")
+) -> Iterator[list[Host]]:
+    """Hosts on one network; Ray asks each for a token, and has its files on a disk of its own.
 
     folder/storage is a mount point without anything mounted; folder/shared is what hosts may mount there.
     """
@@ -146,30 +148,32 @@ def two_hosts(folder: Path, env: Mapping[str, str] | None = None) -> Iterator[tu
         (folder / name).mkdir(exist_ok=True)
     hosts: list[Host] = []
     try:
-        for number, name in enumerate(("alpha", "beta"), 1):
+        for number, name in enumerate(names, 1):
             host = Host.start(name, f"10.213.0.{number}", folder / name)
             hosts.append(host)
             host.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_worker_niceness": "0"}
-            # The same path on both, as Ray wants it, but not the same disk. Short: the path of a socket, of which some
+            # The same path on all, as Ray wants it, but not the same disk. Short: the path of a socket, of which some
             # lie deep below it, has 107 bytes at most.
             (host.folder / "ray").mkdir()
             host.mount(host.folder / "ray", SOCKETS)
             host.env |= {"RAY_TMPDIR": str(SOCKETS), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
             host.env |= env or {}
-        one, two = hosts
-        subprocess.run(
-            ["ip", "link", "add", "eth0", "netns", str(one.pid), "type", "veth"]
-            + ["peer", "name", "eth0", "netns", str(two.pid)],
-            check=True,
-        )
-        for host in hosts:
-            # The address is a bridge's, not the cable's: it stays when the other host, and so the cable, is gone.
+            # The address is a bridge's, not a cable's: it stays when another host, and so its cable, is gone.
             host.call("ip", "link", "add", "lan", "type", "bridge")
             host.call("ip", "address", "add", f"{host.address}/24", "dev", "lan")
             host.call("ip", "link", "set", "lan", "up")
-            host.call("ip", "link", "set", "eth0", "master", "lan")
-            host.cable(up=True)
-        yield one, two
+        first, *others = hosts
+        for number, other in enumerate(others):  # the first one's bridge joins them all
+            port = f"eth{number}"
+            subprocess.run(
+                ["ip", "link", "add", port, "netns", str(first.pid), "type", "veth"]
+                + ["peer", "name", "eth0", "netns", str(other.pid)],
+                check=True,
+            )
+            for host, end in ((first, port), (other, "eth0")):
+                host.call("ip", "link", "set", end, "master", "lan")
+                host.call("ip", "link", "set", end, "up")
+        yield hosts
     finally:
         for host in hosts:
             host.kill()

@@ -12,7 +12,7 @@ from trainables.distill import Distill
 
 ABL = Sweep(
     stage="ABL3", domain="dust3r", trainable=Distill, measure=evaluate, settings=(WORKLOAD, DISTILL), seeds=3,
-    latency=False, changes={"demo": dict(epochs=3), "small": dict(epochs=10)},
+    latency=False, changes={"demo": dict(epochs=3), "small": dict(epochs=4)},
     trials=[
         Trial("ABL-3", combo="KL", keyparams="", gamma=0),
         Trial("ABL-3", combo="KLfeature", keyparams="", gamma=0.1),

@@ -12,7 +12,7 @@ from sweeps.cluster import PACKAGES
 from sweeps.journal import SweepState
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from namespaces import ROOT, Host, missing, two_hosts
+from namespaces import ROOT, Host, joined_hosts, missing
 
 pytestmark = pytest.mark.cluster
 TOY = ROOT / "tests" / "sweeps" / "toy_sweep.py"
@@ -26,7 +26,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host
     if why:
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("h")
-    with two_hosts(folder) as (alpha, beta):
+    with joined_hosts(folder) as (alpha, beta):
         for host in (alpha, beta):
             host.mount(folder / "shared", folder / "storage")
         (folder / "empty").mkdir()
