@@ -110,6 +110,8 @@ class Run:
             raise RuntimeError(f"{error}: {(self.folder / 'driver.log').read_text()[-2000:]}") from None
         if self.trials == "steady" and not on_beta():
             raise RuntimeError("no trial runs on beta, so that nothing would be shown")
+        if not list(at_work(self.alpha)):
+            raise RuntimeError("no process of a trial is seen on alpha, so that none would be seen that is left over")
 
     def strike(self) -> None:
         """The fault is now (or its repair): what was running has to report again from here on."""
@@ -195,19 +197,19 @@ def account(run: Run) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if (record.get("cpu_hours") or 0) > (time.time() - run.began) / 3600:
             twice.append(f"hours of {trial.exp_id}: {record['cpu_hours']}")
     end = time.monotonic() + 20  # to end takes a process a moment
-    while time.monotonic() < end and any(list(zombies(host)) for host in (run.alpha, run.beta)):
+    while time.monotonic() < end and any(list(at_work(host)) for host in (run.alpha, run.beta)):
         time.sleep(0.5)
-    twice += [f"process of a trial on {host.name}" for host in (run.alpha, run.beta) for _ in zombies(host)]
+    twice += [f"process of a trial on {host.name}" for host in (run.alpha, run.beta) for _ in at_work(host)]
     return tuple(lost), tuple(twice)
 
 
-def zombies(host: Host) -> Iterator[str]:
-    """Processes of trials that still run on a host."""
+def at_work(host: Host) -> Iterator[str]:
+    """Processes of trials on a host, by what Ray calls them there."""
     if host.holder.poll() is None:
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 same = os.readlink(path / "ns" / "net") == os.readlink(f"/proc/{host.pid}/ns/net")
-                if same and b"ray::Toy" in (path / "cmdline").read_bytes():
+                if same and b"ray::ResourceTrainable" in (path / "cmdline").read_bytes():
                     yield path.name
 
 
@@ -246,7 +248,7 @@ def node_preempted(run: Run) -> None:
     """The second host has a notice of 20 s, and is gone then: its trial has left by that time."""
     run.drain(run.beta, seconds=20)
     gone = time.monotonic() + 20
-    wait("leaving", lambda: not list(zombies(run.beta)))
+    wait("leaving", lambda: not list(at_work(run.beta)))
     run.strike()
     if time.monotonic() > gone:
         raise RuntimeError("a trial was still on the host when it went")
