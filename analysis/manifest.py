@@ -10,6 +10,7 @@ from trainables.gates import Gate
 from trainables.record import InputError
 
 NAME, TABLE, FORMAT = "manifest.json", "result_table.csv", 1
+CAMPAIGN_ROLE, MANIFEST_TAG = "campaign", "manifest_sha256"  # of the campaign's own run in MLflow
 REPORT = "report"  # the one folder within: the page, its Markdown and the pictures
 LONGEST = 10_000_000  # bytes that a manifest may have: a plan of a thousand tasks has a tenth of it
 

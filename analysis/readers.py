@@ -46,8 +46,8 @@ class Run:
 class Store(Protocol):
     """What the two readers have in common."""
 
-    def sweeps(self) -> list[Run]:
-        """Parent runs (tag role=sweep), newest first."""
+    def sweeps(self, role: str = "sweep") -> list[Run]:
+        """Runs that are of no trial, by their tag `role`, newest first: of sweeps, or of whole campaigns."""
         ...
 
     def children(self, parents: Sequence[str], whole: bool = False) -> Iterator[Run]:
@@ -106,11 +106,11 @@ class SqlStore:
     def __init__(self, connection: Any, mark: str = "?") -> None:
         self._db, self._mark = connection, mark
 
-    def sweeps(self) -> list[Run]:
+    def sweeps(self, role: str = "sweep") -> list[Run]:
         heads = self._ask(
             "select r.run_uuid, r.name, r.status, r.start_time, r.artifact_uri from tags w" + self._RUNS +
             " where w.key = {} and w.value = {}",
-            ("role", "sweep"),
+            ("role", role),
         )  # fmt: skip
         runs = [
             Run(run, name or "", status, start or 0, {}, {}, artifacts=place or "")
@@ -260,8 +260,8 @@ class ClientStore:
         self._client = client
         self._problem = problem
 
-    def sweeps(self) -> list[Run]:
-        return sorted(self._search("tags.role = 'sweep'"), key=lambda run: -run.start_ms)
+    def sweeps(self, role: str = "sweep") -> list[Run]:
+        return sorted(self._search(f"tags.role = '{role}'"), key=lambda run: -run.start_ms)
 
     def children(self, parents: Sequence[str], whole: bool = False) -> Iterator[Run]:
         for parent in parents:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.manifest import NAME, REPORT, TABLE, Manifest, Row, may_list
+from analysis.manifest import CAMPAIGN_ROLE, MANIFEST_TAG, NAME, REPORT, TABLE, Manifest, Row, may_list
 from analysis.readers import Run, Store, open_store
 from trainables.gates import Verdict, judge_any
 from trainables.record import FIELDS, INPUTS, InputError, Record, Value, read_csv
@@ -61,11 +61,16 @@ def check(folder: Path, tracking_uri: str | None = None) -> Found:
             problems += _workload(folder, manifest, records)
             with open_store(uri) as store:
                 problems += _same_as_mlflow(store, manifest, records)
+                said = _logged_manifest(store, manifest)
         except _Unusable as error:
             problems.append(str(error))
         else:
             lines = list(_lines(manifest, records))
             problems += [text for text, serious in lines if serious]
+            if said is None:
+                notes.append(f"{NAME} is not in MLflow, where a campaign's end puts it: its lines are believed")
+            elif said != _sha256(folder / NAME):
+                problems.append(f"{NAME}: not the one that the campaign logged to MLflow (sha256 differs)")
             notes += [text for text, serious in lines if not serious]
     hard = sum(bool(row.lines) for row in manifest.tasks)
     counts = f"{len(manifest.files)} files, {len(records)} records, {hard} tasks with hard lines"
@@ -208,6 +213,12 @@ def _same_as_mlflow(store: Store, manifest: Manifest, records: Mapping[str, Reco
                 yield from _differences(records[run_id], run, logged)
     for run_id in records.keys() - seen:
         yield f"{records[run_id].exp_id}: run {run_id} is not in MLflow with a record"
+
+
+def _logged_manifest(store: Store, manifest: Manifest) -> str | None:
+    """The hash of the campaign's manifest that MLflow has, None where it has none."""
+    runs = [run for run in store.sweeps(CAMPAIGN_ROLE) if run.tags.get("campaign") == manifest.campaign]
+    return next((run.tags[MANIFEST_TAG] for run in runs if MANIFEST_TAG in run.tags), None)
 
 
 def _measured(record: Record) -> list[tuple[str, float]]:

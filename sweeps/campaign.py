@@ -28,8 +28,8 @@ from typing import Any
 from rich.console import Console
 
 from engines.errors import InputError
+from sweeps import campaign_run, deliverables, flags, placement
 from sweeps import campaign_screen as screen
-from sweeps import deliverables, flags, placement
 from sweeps.catalogue import PLANS, Stage, select
 from sweeps.conduct import Conductor, Plan
 from sweeps.journal import CAMPAIGN, Journal, read_events
@@ -219,13 +219,16 @@ def _collect(plan: Plan) -> deliverables.Delivered:
 
 
 def _with_report(plan: Plan, found: deliverables.Delivered) -> deliverables.Delivered:
-    """The deliverables with the campaign's report, where it can be drawn."""
+    """The deliverables with the campaign's report, where it can be drawn, and both in MLflow."""
+    missing = "no report"
     try:
-        return deliverables.draw_report(found, plan.tracking_uri)
+        found = deliverables.draw_report(found, plan.tracking_uri)
+        missing = "manifest and report are not in MLflow"
+        campaign_run.log(plan, found)
     except Exception as error:  # it may fail in any way: after hours of training that costs the report alone
         said = masked(" ".join(f"{type(error).__name__}: {error}".split()))
-        print(f"warning: no report ({said}); --resume tries again, and runs nothing twice", file=sys.stderr)
-        return found
+        print(f"warning: {missing} ({said}); --resume tries again, and runs nothing twice", file=sys.stderr)
+    return found
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ _KINDS = "sqlite:///FILE, http://HOST:PORT, postgresql://... or mysql://..."
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 # What keeps MLflow quiet, at home, and from hiding an outage: the writer itself retries, and looks first.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -210,7 +210,7 @@ class Tracker:
             database.parent.mkdir(parents=True, exist_ok=True)
         root = str(Path(__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = _ENVIRONMENT | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), URI: self.uri}
+        environment = ENVIRONMENT | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), URI: self.uri}
         with (folder / LOG).open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "sweeps.mlflow_writer", str(self.journal)],

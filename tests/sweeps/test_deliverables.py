@@ -1,5 +1,6 @@
 """What a campaign hands over, on made-up journals mirrored into a real store; `analysis verify` finds every change."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,8 +15,8 @@ from analysis import verify
 from analysis.__main__ import main as analysis
 from analysis.manifest import Manifest
 from engines.errors import InputError
+from sweeps import campaign_run, deliverables
 from sweeps import campaign_screen as screen
-from sweeps import deliverables
 from sweeps.campaign import run
 from sweeps.catalogue import Needs, Stage, Task, drop
 from sweeps.conduct import Plan
@@ -96,7 +97,10 @@ def whole(tmp_path_factory, template) -> Path:
     """The deliverables of a campaign that met everything; not to be changed."""
     storage = tmp_path_factory.mktemp("whole")
     (storage / "mlflow.db").write_bytes(template.read_bytes())
-    return deliverables.write(campaign(storage), {"K": 7200.0}).folder
+    plan = campaign(storage)
+    found = deliverables.write(plan, {"K": 7200.0})
+    campaign_run.log(plan, found)
+    return found.folder
 
 
 @pytest.fixture
@@ -165,9 +169,22 @@ def test_a_campaign_ends_in_a_report_that_the_manifest_lists(resumed, capsys: py
     shutil.rmtree(copied / "report")
     (copied / "report").symlink_to(page.parent)
     assert "'report': a link that manifest.json does not list" in verify.check(copied, plan.tracking_uri).problems
-    # A stage that ends later makes the report one of yesterday.
+    # The campaign's own run has it, and knows this manifest.
+    with contextlib.closing(sqlite3.connect(plan.folder.parent / "mlflow.db")) as store:
+        ask = (
+            "select artifact_uri, status from runs join tags using (run_uuid) where key = 'role' and value = 'campaign'"
+        )
+        ((place, status),) = store.execute(ask)
+    logged = Path(place.removeprefix("file://"))
+    assert status == "FINISHED" and (logged / "manifest.json").read_bytes() == (folder / "manifest.json").read_bytes()
+    assert {f"report/{path.name}" for path in (logged / "report").iterdir()} == inside
+    # A stage that ends later makes the report one of yesterday, and the manifest one that MLflow does not know yet.
     assert not deliverables.write(plan, {}).report and not page.parent.exists()
-    assert not verify.check(folder).problems
+    (problem,) = verify.check(folder).problems
+    assert problem.startswith("manifest.json: not the one that the campaign logged")
+    assert resumed()[1] == 0 and not verify.check(folder).problems
+    with contextlib.closing(sqlite3.connect(plan.folder.parent / "mlflow.db")) as store:
+        assert len(store.execute(ask).fetchall()) == 1
 
 
 FAULTS = {
@@ -308,6 +325,8 @@ TAMPERED = {
     "workload": (lambda f: (put(f, "workload.yaml", "workload_hash: w2\n"), listed(f, "workload.yaml")),
                  "K_good_run1: measured on workload w1, workload.yaml is w2"),
     "profile": (lambda f: edited(f, lambda d: d.update(profile="demo")), "profile small, manifest.json says demo"),
+    "loosened": (lambda f: edited(f, lambda d: d["tasks"][0]["lines"][0].update(at_most=0.5)),
+                 "manifest.json: not the one that the campaign logged to MLflow"),
     "lines": (lambda f: edited(f, lambda d: d["tasks"][0]["lines"][0].update(at_most=None)), "expected one limit"),
 }  # fmt: skip
 
@@ -342,7 +361,8 @@ def test_a_missed_line_is_a_problem_but_for_the_demo(tmp_path: Path, template) -
         (storage / "mlflow.db").write_bytes(template.read_bytes())
         found = verify.check(deliverables.write(campaign(storage, profile, second_drop=0.5), {}).folder)
         said = ("K-2: missed its hard line. drop 50 %, needed <= 1 %",)
-        assert (found.problems, found.notes) == ((said, ()) if profile == "small" else ((), said))
+        unlogged = ("manifest.json is not in MLflow, where a campaign's end puts it: its lines are believed",)
+        assert (found.problems, found.notes) == ((said, unlogged) if profile == "small" else ((), (*unlogged, *said)))
 
 
 def other_database(folder: Path) -> None:

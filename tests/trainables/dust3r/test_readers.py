@@ -66,7 +66,7 @@ def test_a_frame_without_a_pose_is_listed_as_the_others_are(tmp_path):
 
 
 def test_scannet_s_frames_are_those_of_any_file(tmp_path):
-    """PNG images too; depths of 65535 are unknown; a frame that lacks a file is listed, so that its reader counts it."""
+    """PNG images too; depths of 65535 are unknown; a frame that lacks a file is listed, so that it is counted."""
     (name,) = write(written.scannet, tmp_path / "data")
     place = tmp_path / "data" / name
     with Image.open(place / "color/1.jpg") as image:

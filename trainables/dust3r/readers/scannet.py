@@ -11,7 +11,6 @@ from pathlib import Path
 
 from trainables.dust3r.frames import Frame, Scene, depth_onto, from_centres, read_depth, read_image, read_numbers
 
-
 UNKNOWN = 65535
 
 

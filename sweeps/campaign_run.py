@@ -1,0 +1,46 @@
+"""A campaign's own run in MLflow: its manifest and its report, and the manifest's hash, by which `python -m analysis
+verify` knows the folder that was handed over.
+"""
+
+import hashlib
+import os
+from typing import TYPE_CHECKING
+
+from analysis.manifest import CAMPAIGN_ROLE, MANIFEST_TAG, NAME, REPORT
+from sweeps.conduct import Plan
+from sweeps.deliverables import Delivered
+from sweeps.tracking import ENVIRONMENT, EXPERIMENT
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+
+def log(plan: Plan, found: Delivered) -> None:
+    """Log what was delivered; a second call, after a resume, brings the same run up to date.
+
+    Raises whatever MLflow and its artifact store raise.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient  # seconds, which only a campaign's end takes
+
+    client = MlflowClient(plan.tracking_uri)
+    run_id = _run(client, plan)
+    client.log_artifact(run_id, str(found.folder / NAME))
+    if found.report:
+        client.log_artifacts(run_id, str(found.report.parent), REPORT)
+    # The hash last: it says that what it is of has arrived.
+    client.set_tag(run_id, MANIFEST_TAG, hashlib.sha256((found.folder / NAME).read_bytes()).hexdigest())
+    client.set_terminated(run_id)
+
+
+def _run(client: "MlflowClient", plan: Plan) -> str:
+    """The campaign's run, made where it is not there yet."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        raise ValueError(f"no experiment {EXPERIMENT} in it")
+    tags = {"role": CAMPAIGN_ROLE, "campaign": plan.name, "profile": plan.profile}
+    query = " and ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
+    for run in client.search_runs([experiment.experiment_id], query, max_results=1):
+        return str(run.info.run_id)
+    return str(client.create_run(experiment.experiment_id, tags=tags, run_name=plan.name).info.run_id)
