@@ -107,12 +107,13 @@ def take_order(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]],
         value = getattr(given, flag)
         passed += [f"--{flag.replace('_', '-')}", value] if value else []
     passed += placement.words(placement.read_flags(given))
+    passed += ["--audit", f"{given.audit:g}"] if given.audit else []
     plan = Plan(
         name=name, plan=given.plan, profile=given.profile, seed=given.seed, stages=stages,
         selected=select(stages, given.only, given.start, given.skip), folder=storage / name,
         tracking_uri=given.tracking_uri or default_uri(storage), flags=passed,
         overrides=dict(zip(parse_set(given.set), given.set, strict=True)),
-        lenient=given.keep_going or given.profile == "demo", width=width,
+        lenient=given.keep_going or given.profile == "demo", width=width, audit=given.audit,
     )  # fmt: skip
     _check_settings(plan)
     _check_needs(plan)
@@ -170,6 +171,7 @@ def _refuse(order: Order) -> None:
             + "; start it without --resume"
         )  # fmt: skip
     if before:
+        before.setdefault("audit", 0.0)
         changed = [key for key, value in _identity(plan).items() if before.get(key) != value]
         if changed:
             said = ", ".join(f"{key} was {before.get(key)!r}, is now {_identity(plan)[key]!r}" for key in changed)
@@ -180,7 +182,8 @@ def _refuse(order: Order) -> None:
 
 def _identity(plan: Plan) -> dict[str, object]:
     """What a resumed campaign must have in common with its start."""
-    return {"plan": plan.plan, "profile": plan.profile, "seed": plan.seed, "overrides": dict(plan.overrides)}
+    return {"plan": plan.plan, "profile": plan.profile, "seed": plan.seed, "overrides": dict(plan.overrides),
+            "audit": plan.audit}  # fmt: skip
 
 
 def _execute(order: Order, console: Console) -> int:

@@ -27,6 +27,7 @@ class Plan:
     """What a campaign is made of. stages: of the whole plan; selected: those to run. folder: the campaign's own.
 
     overrides: --set by key, as typed. lenient: whether a failed gate holds nothing up. width: stages side by side.
+    audit: share of the stops that run on.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Plan:
     overrides: Mapping[str, str] = field(default_factory=dict)
     lenient: bool = False
     width: int = 1
+    audit: float = 0.0
 
     def sweep_folder(self, stage: Stage) -> Path:
         """Where the stage's sweep lies."""

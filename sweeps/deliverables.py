@@ -106,7 +106,8 @@ def accounts(
         stage = outcome.stage
         own = hours.of_trials(stage.id, outcome.state)
         rows += own
-        stages.append(hours.account(stage.id, own, wall_s.get(stage.id), hours.estimate(stage, plan.profile)))
+        estimated, audit = hours.estimate(stage, plan.profile), hours.audited(outcome.state)
+        stages.append(hours.account(stage.id, own, wall_s.get(stage.id), estimated, audit))
     return hours.together(plan.name, stages, rows), tuple(stages), rows
 
 

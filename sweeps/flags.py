@@ -57,6 +57,8 @@ def common(doc: str) -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with what was interrupted; what is finished is kept")
     add("--dry-run", action="store_true", help="print what would run, its files and estimated cost; start nothing")
     add("--seed", type=int, default=42, help="seed of the trials (default: %(default)s)")
+    share = "let this share of the trials that stop-loss would end run on, to count its false stops (default: 0)"
+    add("--audit", type=float, default=0.0, metavar="SHARE", help=share)
     return parser
 
 
@@ -72,6 +74,8 @@ def check(given: argparse.Namespace) -> None:
         )
     if given.seed < 0:
         raise InputError(f"--seed {given.seed}: expected 0 or more")
+    if not 0 <= given.audit <= 1:
+        raise InputError(f"--audit {given.audit:g}: expected a share from 0 to 1, for example 0.2")
     if given.campaign is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", given.campaign):
         raise InputError(f"--campaign {given.campaign!r}: expected a name of letters, digits, dots, - and _")
 
@@ -91,13 +95,6 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
     add("--campaign", metavar="NAME", help="the campaign that this belongs to: its folder, and a tag in MLflow")
     add("--share", type=float, default=1.0, metavar="X", help="use this part of the cluster, 0 to 1 (default: all)")
     add(
-        "--audit",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="let this share of the trials that stop-loss would end run on, to count its false stops (default: 0)",
-    )
-    add(
         "--hang-after",
         type=float,
         default=120.0,
@@ -111,8 +108,6 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         raise InputError(f"--share {given.share}: expected a part of the cluster, above 0 and at most 1")
     if given.seeds is not None and given.seeds < 1:
         raise InputError(f"--seeds {given.seeds}: expected 1 or more")
-    if not 0 <= given.audit <= 1:
-        raise InputError(f"--audit {given.audit:g}: expected a share from 0 to 1, for example 0.2")
     if not 0 < given.hang_after < math.inf:
         raise InputError(f"--hang-after {given.hang_after:g}: expected minutes, more than the longest epoch takes")
     return Flags(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from sweeps.audit import FalseStops
 from sweeps.catalogue import Stage
 from sweeps.journal import SweepState, TrialState
 
@@ -35,7 +36,8 @@ class TrialHours:
 @dataclass(frozen=True)
 class Account:
     """Hours of a stage or of all. saved: hours by the reason for which trials were stopped. wall_h: by the clock, of
-    all starts of the stage, None where no campaign timed it. estimate: from and to, None where there is none.
+    all starts of the stage, None where no campaign timed it. estimate: from and to, None where there is none. audit:
+    what --audit found, None where it ran no stop on.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Account:
     saved: Mapping[str, float]
     wall_h: float | None
     estimate: tuple[float, float] | None
+    audit: FalseStops | None = None
 
     @property
     def sentence(self) -> str:
@@ -60,7 +63,7 @@ class Account:
         if self.estimate is not None:
             low, high = self.estimate
             said += f"; estimated {low:.3g}" + (f" to {high:.3g}" if high > low else "")
-        return said
+        return f"{said}. {self.audit.sentence}" if self.audit else said
 
 
 def of_epoch(metrics: Mapping[str, float], on_gpu: bool) -> float:
@@ -107,8 +110,18 @@ def estimate(stage: Stage, profile: str) -> tuple[float, float] | None:
     return (stage.cpu_hours[profile],) * 2 if profile in stage.cpu_hours else None
 
 
+def audited(state: SweepState) -> FalseStops | None:
+    """What the sweep's audit found."""
+    found = state.summary
+    return FalseStops(int(found["audited_stops"]), int(found["false_stops"])) if "audited_stops" in found else None
+
+
 def account(
-    name: str, rows: Sequence[TrialHours], wall_s: float | None, estimated: tuple[float, float] | None
+    name: str,
+    rows: Sequence[TrialHours],
+    wall_s: float | None,
+    estimated: tuple[float, float] | None,
+    audit: FalseStops | None = None,
 ) -> Account:
     """The sums of trials' hours."""
     saved: dict[str, float] = {}
@@ -117,7 +130,7 @@ def account(
             saved[row.stop_reason] = saved.get(row.stop_reason, 0.0) + row.saved
     unit = " and ".join(sorted({row.unit for row in rows})) or "CPU"
     hours = sum(row.hours for row in rows)
-    return Account(name, unit, len(rows), hours, saved, None if wall_s is None else wall_s / 3600, estimated)
+    return Account(name, unit, len(rows), hours, saved, None if wall_s is None else wall_s / 3600, estimated, audit)
 
 
 def together(name: str, accounts: Sequence[Account], rows: Sequence[TrialHours]) -> Account:
@@ -125,13 +138,21 @@ def together(name: str, accounts: Sequence[Account], rows: Sequence[TrialHours])
     walls = [one.wall_h for one in accounts if one.wall_h is not None]
     known = [one.estimate for one in accounts if one.estimate]
     whole = (sum(low for low, _ in known), sum(high for _, high in known))
-    total = account(name, rows, 3600 * sum(walls) if walls else None, whole if len(known) == len(accounts) else None)
-    return total
+    audits = [one.audit for one in accounts if one.audit]
+    audit = FalseStops(sum(one.audited for one in audits), sum(one.false for one in audits)) if audits else None
+    estimated = whole if len(known) == len(accounts) else None
+    return account(name, rows, 3600 * sum(walls) if walls else None, estimated, audit)
 
 
 def as_data(total: Account, stages: Iterable[Account], rows: Iterable[TrialHours]) -> dict[str, Any]:
     """ledger.json: the campaign, its stages, its trials."""
-    return {"campaign": asdict(total), "stages": [asdict(s) for s in stages], "trials": [asdict(r) for r in rows]}
+    return {"campaign": _data(total), "stages": [_data(s) for s in stages], "trials": [asdict(r) for r in rows]}
+
+
+def _data(one: Account) -> dict[str, Any]:
+    """The account with the audit's numbers beside its own; without them where there was none."""
+    own = {key: value for key, value in asdict(one).items() if key != "audit"}
+    return own | (one.audit.metrics if one.audit else {})
 
 
 def as_csv(rows: Iterable[TrialHours]) -> str:

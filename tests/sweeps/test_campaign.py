@@ -253,6 +253,7 @@ def test_sigterm_ends_campaign_and_stage_in_order(tmp_path: Path) -> None:
         ("--plan all --set model=x.pth", "--set model: stage KQ takes it from an earlier one"),
         ("--plan all --side-by-side 2", "--side-by-side 2: expected 1, or more with --address"),
         ("--plan all --campaign ../x", "--campaign '../x': expected a name"),
+        ("--plan all --audit 20", "--audit 20: expected a share from 0 to 1"),
         ("--plan all --seed -1", "--seed -1: expected 0 or more"),
         ("--plan all --tracking-uri nonsense", "tracking address 'nonsense'"),
     ],

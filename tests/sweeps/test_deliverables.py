@@ -17,6 +17,7 @@ from analysis.manifest import Manifest
 from engines.errors import InputError
 from sweeps import campaign_run, deliverables
 from sweeps import campaign_screen as screen
+from sweeps.audit import FalseStops
 from sweeps.campaign import run
 from sweeps.catalogue import Needs, Stage, Task, drop
 from sweeps.conduct import Plan
@@ -217,6 +218,20 @@ def test_hours_saved_are_the_epochs_not_run_at_the_trials_own_pace(whole: Path) 
     assert k["wall_h"] == 2 and kq["wall_h"] is None
     # An INT8 trial that ended within its gate did what it was meant to: nothing was saved.
     assert kq["saved"] == {} and ledger["campaign"]["hours"] == pytest.approx(1.5)
+
+
+def test_the_ledger_has_what_an_audit_found(tmp_path: Path, template) -> None:
+    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+    plan = campaign(tmp_path)
+    for stage, audited, false in zip(STAGES, (3, 1), (1, 0), strict=True):
+        with Journal.open(plan.sweep_folder(stage)) as journal:
+            journal.append("summary", metrics=FalseStops(audited, false).metrics)
+    found = deliverables.write(plan, {})
+    said = "Audit: 1 of 4 stops that were run on to the end met the gate after all: 25 % false stops [1, 81]."
+    assert found.total.sentence.endswith(said)
+    ledger = json.loads((found.folder / "ledger.json").read_text())
+    assert [one["audited_stops"] for one in (ledger["campaign"], *ledger["stages"])] == [4, 3, 1]
+    assert ledger["campaign"]["false_stop_rate_hi"] == pytest.approx(0.806, abs=1e-3)
 
 
 def test_a_dry_run_says_which_hours_were_measured_here(

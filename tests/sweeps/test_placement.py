@@ -129,6 +129,8 @@ def test_flags_reach_the_placement() -> None:
 def test_a_campaign_asks_for_the_same_in_each_of_its_stages(asked: Placement, tmp_path: Path) -> None:
     assert flags.parse("doc", words(asked)).placement == asked
     argv = ["--plan", "alphaqubit", "--profile", "demo", "--storage", str(tmp_path), *words(asked)]
+    argv += ["--audit", "0.2"]
     plan = campaign.take_order(argv, PLANS, "campaign").plan
     command = plan.command(plan.stages[0])
     assert flags.parse("doc", command[2:]).placement == asked
+    assert flags.parse("doc", command[2:]).audit == 0.2
