@@ -27,24 +27,28 @@ def preview(console: Console, plan: Plan, storage: Path) -> None:
     for name in ("stage", "script", "tasks", "waits for", "hours of training", "files"):
         table.add_column(name, overflow="fold")
     low = high = 0.0
-    unknown = []
+    unknown, left = [], [stage.id for stage in plan.selected if not plan.outcome(stage).finished]
     for stage in plan.selected:
         known = measured.get(stage.id)
         estimated = (known[0],) * 2 if known else hours.estimate(stage, plan.profile)
-        low, high = low + (estimated or (0, 0))[0], high + (estimated or (0, 0))[1]
-        unknown += [] if estimated else [stage.id]
-        state = plan.outcome(stage)
-        took = "finished" if state.finished else _hours(estimated, "as measured here" if known else _unit(plan))
+        if stage.id in left:
+            low, high = low + (estimated or (0, 0))[0], high + (estimated or (0, 0))[1]
+            unknown += [] if estimated else [stage.id]
+            took = _hours(estimated, "as measured here" if known else _unit(plan))
+        else:
+            took = "finished"
         files = [name for task in stage.tasks for name in task.files]
         needs = [need.task + (f" ({need.file})" if need.file else "") for need in stage.needs]
         row = (stage.id, stage.path.name, ", ".join(task.id for task in stage.tasks), ", ".join(needs) or "-", took)
         table.add_row(*map(escape, row), escape(", ".join(files)))
     console.print(table)
-    here = sum(stage.id in measured for stage in plan.selected)
+    here = sum(key in measured for key in left)
     unit = "as measured here"
-    if here < len(plan.selected):
+    if here < len(left):
         unit = f"{_unit(plan)}, and {unit}" if here else _unit(plan)
-    said = _hours((low, high), unit) if low or high else "unknown"
+    said = _hours((low, high), unit) if low or high else "unknown" if left else "every stage is finished"
+    if 0 < len(left) < len(plan.selected):
+        said += f" for {len(left)} of {len(plan.selected)} stages, the others are finished"
     console.print(f"Hours: {said}" + (f"; unknown for {', '.join(unknown)}" if unknown else ""), soft_wrap=True)
     place = next(place for place in (storage, *storage.parents) if place.exists())
     disk = [size for key, (_, size) in measured.items() if key in {stage.id for stage in plan.selected}]

@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -239,11 +240,16 @@ def test_a_dry_run_says_which_hours_were_measured_here(
 ) -> None:
     (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
     plan = campaign(tmp_path)
-    screen.preview(Console(width=140), plan, tmp_path)
+    again = replace(plan, name="again", folder=tmp_path / "again")
+    screen.preview(Console(width=140), again, tmp_path)
     assert "Hours: 1.5 as measured here\n" in capsys.readouterr().out
-    shutil.rmtree(plan.sweep_folder(STAGES[1]))
     screen.preview(Console(width=140), plan, tmp_path)
+    assert "Hours: every stage is finished\n" in capsys.readouterr().out
+    shutil.rmtree(plan.sweep_folder(STAGES[1]))
+    screen.preview(Console(width=140), again, tmp_path)
     assert "Hours: 1.4 CPU-hours, as once taken, and as measured here; unknown for KQ\n" in capsys.readouterr().out
+    screen.preview(Console(width=140), plan, tmp_path)
+    assert "Hours: unknown for 1 of 2 stages, the others are finished; unknown for KQ\n" in capsys.readouterr().out
 
 
 def edited(folder: Path, change) -> None:
