@@ -75,6 +75,15 @@ footer p {{ margin: 2px 0; }}
     }}));
   }}
   if (!plot || !plot.on) return;
+  if (plot.clientWidth < 600) {{  // a phone: titles in lines, a trial's name when it is pointed at
+    const lined = (text) => text.trim().replace(/(.{{1,40}})(\\s+|$)/g, "$1<br>").replace(/<br>$/, "");
+    const change = {{annotations: [], "margin.b": 84, "margin.l": 76}};
+    for (const axis of ["xaxis", "yaxis"]) {{
+      change[`${{axis}}.title.text`] = lined(plot.layout[axis].title.text);
+      change[`${{axis}}.title.font.size`] = 11;
+    }}
+    Plotly.relayout(plot, change);
+  }}
   const traces = {traces}, moments = {moments}, places = traces.map((i) => [plot.data[i].x, plot.data[i].customdata]);
   const filter = document.getElementById("filter"), moment = document.getElementById("moment");
   const said = document.getElementById("said"), front = plot.data.flatMap((one, i) => one.name === "front" ? [i] : []);

@@ -11,6 +11,7 @@
 #     MLFLOW_S3_ENDPOINT_URL=https://...   # of a store other than Amazon's: MinIO, Ceph
 set -eu
 folder=$1
+here=$(cd "$(dirname "$0")" && pwd)
 port=${MLFLOW_PORT:-5000}
 : "${MLFLOW_AUTH_ADMIN_PASSWORD:?is not set: source the file that deploy/mlflow_env.py writes}"
 # No jobs of MLflow's own: several more processes, which nothing here needs.
@@ -25,7 +26,9 @@ if [ -f artifacts.env ]; then
 fi
 # flock is held as long as the server lives: Ray may run its start commands more than once.
 # --allowed-hosts: no other site's page can reach the server through somebody's browser (DNS rebinding).
-nohup flock --nonblock server.lock mlflow server --app-name basic-auth --host 127.0.0.1 --port "$port" --workers 1 \
+# mlflow_login.py: a password that changed since the login database was made is the one that counts.
+nohup flock --nonblock server.lock sh -c 'python "$0" && exec mlflow server "$@"' "$here/mlflow_login.py" \
+    --app-name basic-auth --host 127.0.0.1 --port "$port" --workers 1 \
     --allowed-hosts "localhost,localhost:$port,127.0.0.1,127.0.0.1:$port" \
     --backend-store-uri "sqlite:///$folder/mlflow.db" \
     --artifacts-destination "${MLFLOW_ARTIFACTS_DESTINATION:-$folder/artifacts}" \

@@ -25,8 +25,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def _serving(place: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    (place.parent / "password").write_text(PASSWORD)
+def _serving(place: Path, password: str = PASSWORD) -> Iterator[tuple[str, dict[str, str]]]:
+    (place.parent / "password").write_text(password)
     made = subprocess.run(
         [sys.executable, str(ROOT / "deploy" / "mlflow_env.py"), str(place.parent / "password")],
         **{"capture_output": True, "text": True, "check": True},
@@ -55,7 +55,8 @@ def _serving(place: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 @pytest.fixture(scope="session")
-def serving() -> Callable[[Path], AbstractContextManager[tuple[str, dict[str, str]]]]:
-    """Start the server in a folder: its address, and the environment of those who may write to it."""
+def serving() -> Callable[..., AbstractContextManager[tuple[str, dict[str, str]]]]:
+    """Start the server in a folder: its address, and the environment of those who may write to it. A second argument
+    is the password."""
     pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed")
     return _serving

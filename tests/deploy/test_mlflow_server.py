@@ -17,7 +17,7 @@ from sweeps.tracking import check_reachable
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "0123456789abcdef"  # of tests/deploy/conftest.py
-Serving = Callable[[Path], AbstractContextManager[tuple[str, dict[str, str]]]]
+Serving = Callable[..., AbstractContextManager[tuple[str, dict[str, str]]]]
 pytestmark = pytest.mark.slow
 
 
@@ -64,3 +64,14 @@ def test_only_the_password_opens_it(server: str, monkeypatch: pytest.MonkeyPatch
 def test_a_page_of_another_site_does_not_reach_it(server: str) -> None:
     """DNS rebinding: the browser asks with the foreign name, even where it has the password."""
     assert ask(server, PASSWORD, host="evil.example") == 403
+
+
+def test_a_new_password_counts_from_the_next_start_on(tmp_path: Path, serving: Serving) -> None:
+    """MLflow itself takes the password only when it makes the database of logins."""
+    place = tmp_path / "place"
+    with serving(place):
+        pass
+    new = "another-0123456789"
+    with serving(place, new) as (address, _):
+        assert ask(address, PASSWORD) == 401 and ask(address, new) == 200
+        assert new not in (place / "server.log").read_text()
