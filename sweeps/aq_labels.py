@@ -17,7 +17,7 @@ AQ = Sweep(
     settings=(DECODER_WORKLOAD, DECODER_SIZES, DECODER), seeds=5,
     changes={
         "demo": dict(epochs=4, train_samples=81920),
-        "small": dict(epochs=4, samples_per_epoch=40960, train_samples=163840),
+        "small": dict(epochs=3, samples_per_epoch=40960, train_samples=122880),
     },
     trials=[
         Trial("AQ-5L", combo="hard", keyparams="", alpha=1.0, beta=0),

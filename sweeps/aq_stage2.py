@@ -14,7 +14,7 @@ from trainables.distill import Distill
 AQ = Sweep(
     stage="AQ4", domain="alphaqubit", trainable=Distill, measure=evaluate, gate=Gate("drop", at_most=0.03),
     settings=(DECODER_WORKLOAD, DECODER_SIZES, DECODER), starts_from=("AQ2", "aq_stage1_best.pth"),
-    changes={"small": dict(epochs=8)},
+    changes={"small": dict(epochs=6)},
     trials=[
         Trial("AQ-4", combo="stage2", keyparams="fused", beta=0, fused=0.7, saves="aq_stage2.pth"),
         Trial("AQ-4", combo="stage2", keyparams="decayed", beta=0, fused=0.7, transformer=linear(0.01, 0),

@@ -25,7 +25,7 @@ def test_dry_run_shows_the_plan_and_starts_nothing(capsys: pytest.CaptureFixture
     for word in ("P-1", "P_r010_run1", "pruned_r010.pth", "P-2", "P_r030_run1", "pruned_r030.pth", "prune_eval.json",
                  "result_table.csv, pareto.csv, pareto.png, pareto.html, curves.png, workload.yaml"):  # fmt: skip
         assert word in out, word
-    assert "4 trials that Optuna chooses" in out and "12 epochs" in out
+    assert "4 trials that Optuna chooses" in out and "10 epochs" in out
     assert not storage.exists()
 
 
