@@ -15,7 +15,7 @@ from sweeps.launch import run
     ("sweep", "words"),
     [
         (Q, ["AQ-Q1", "AQQ_PTQ_keepLN_run1", "aq_ptq_int8.onnx", "AQQ_QAT_W4_run1", "aq_int8.trt", "13 epochs"]),
-        (P, ["AQ-P1", "AQP_r020_run1", "aq_pruned_r020.pth", "AQP_r040_run1", "aq_pruned_r040.pth", "12 epochs"]),
+        (P, ["AQ-P1", "AQP_r020_run1", "aq_pruned_r020.pth", "AQP_r040_run1", "aq_pruned_r040.pth", "10 epochs"]),
     ],
 )
 def test_dry_run_shows_the_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, sweep, words: list[str]) -> None:
