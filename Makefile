@@ -12,7 +12,7 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-# Sweeps over two hosts made of network namespaces; skipped, with the reason, where those are not allowed.
+# Sweeps over hosts made of network namespaces; skipped, with the reason, where those are not allowed.
 cluster: $(READY)
 	$(VENV)/bin/python -m pytest -m 'cluster and not slow'
 

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """examples:
   python -m analysis pareto --tracking-uri sqlite:///runs/mlflow.db --sweep k_grid_demo_seed42 --out pictures
-  python -m analysis pareto --tracking-uri sqlite:///runs/mlflow.db --campaign all --x size_MB --out pictures
+  python -m analysis pareto --tracking-uri sqlite:///runs/mlflow.db --campaign NAME --x size_MB --out pictures
   python -m analysis effects --tracking-uri sqlite:///runs/mlflow.db --sweep aq_ablation_demo_seed42 --out effects
-  python -m analysis report --tracking-uri sqlite:///runs/mlflow.db --campaign all --out report
+  python -m analysis report --tracking-uri sqlite:///runs/mlflow.db --campaign NAME --out report
   python -m analysis table --tracking-uri http://127.0.0.1:5000 --sweep k_grid_small_seed42 --csv verdicts.csv
-  python -m analysis daily --tracking-uri sqlite:///runs/mlflow.db --date 2026-03-31 --csv daily.csv
+  python -m analysis daily --tracking-uri sqlite:///runs/mlflow.db --csv daily.csv
   python -m analysis watch --tracking-uri sqlite:///runs/mlflow.db --sweep k_grid_small_seed42
   python -m analysis verify runs/dust3r_small_seed42/deliverables
 """
@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         help="quality against latency: pareto.csv, pareto.png, pareto.html; learning curves: curves.png",
     )
     pareto.add_argument("--x", choices=ACROSS, default=ACROSS[0], help="what lies across (default: %(default)s)")
-    pareto.add_argument("--no-log", action="store_true", help="do not attach the files to the sweep's run in MLflow")
+    pareto.add_argument(
+        "--no-log", action="store_true", help="of one sweep against p50: do not attach them to its run in MLflow"
+    )
     commands.add_parser(
         "effects",
         parents=[several],
@@ -116,8 +118,10 @@ def _pareto(options: argparse.Namespace) -> None:
         print("not in the picture: " + ", ".join(f"{name} ({why})" for _, name, why in computed.left_out))
     for path in paths:
         print(path)
-    if not options.no_log:
+    # What a sweep left there itself is its own picture: of one sweep, against p50. Others would take its name.
+    if not options.no_log and len(data.sweeps) == 1 and options.x == ACROSS[0]:
         pareto.log_files(options.tracking_uri, data.run_id, paths)
+        print(f"attached to {data.name} in MLflow")
 
 
 def _effects(options: argparse.Namespace) -> None:

@@ -58,6 +58,13 @@ def curve_frame(points: Iterable[Value]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=CURVE_SCHEMA, orient="row").sort("run_id", "key", "step")
 
 
+def with_epochs(trials: pl.DataFrame, curves: pl.DataFrame) -> pl.DataFrame:
+    """The trials, those without a record with as many epochs as their curves have."""
+    seen = curves.group_by("run_id").agg(pl.col("step").max().alias("_seen"))
+    joined = trials.join(seen, on="run_id", how="left", maintain_order="left")
+    return joined.with_columns(pl.coalesce("epochs", "_seen").alias("epochs")).drop("_seen")
+
+
 def rows_of(frame: pl.DataFrame, names: Iterable[str]) -> list[dict[str, Any]]:
     """The rows as dictionaries of those of the columns that there are."""
     return frame.select([name for name in names if name in frame.columns]).to_dicts()
@@ -95,7 +102,8 @@ def _row(run: Run, sweep: str) -> dict[str, Any]:
     text = run.tags.get("record")
     if text is None:
         known = {**run.params, **run.tags}
-        row.update({name: known[name] for name in (*FIELDS, *EXTRAS) if name in known})
+        # Its parameter `epochs` says how many it may run, the column how many were: see `with_epochs`.
+        row.update({name: known[name] for name in (*FIELDS, *EXTRAS) if name in known and name != "epochs"})
         row.setdefault("exp_id", run.name)
         return row
     try:

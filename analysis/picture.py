@@ -116,9 +116,14 @@ def set_axes(
     ax: MplAxes, canvas: Canvas, axes: Axes, y_ticks: Sequence[tuple[float, str]], x_title: str, y_title: str
 ) -> None:
     """Limits, ticks (y: place and label) and titles; data go in as places on the axis."""
-    if canvas.narrow:
-        x_title, y_title = (textwrap.fill(" ".join(title.split()), 50) for title in (x_title, y_title))
     size = 8.5 if canvas.narrow else 10
+    inches = ax.get_position()
+    sides = (inches.width * canvas.width, inches.height * canvas.height)
+    # A letter is some .55 of its size wide: a title that is longer than its axis would run into what lies beside it.
+    x_title, y_title = (
+        textwrap.fill(title, int(side * 72 / (0.55 * size)))
+        for title, side in zip((x_title, y_title), sides, strict=True)
+    )
     ax.set_xlim(*axes.x_range)
     ax.set_ylim(*axes.y_range)
     x_ticks = axes.x.ticks(axes.x_range[0], axes.right, 5 if canvas.narrow else 9)

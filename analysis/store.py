@@ -6,7 +6,7 @@ from functools import cached_property
 
 import polars as pl
 
-from analysis.frames import curve_frame, trial_frame
+from analysis.frames import curve_frame, trial_frame, with_epochs
 from analysis.readers import Run, Store, logged_in, open_store, without_password
 from trainables.record import InputError
 
@@ -106,12 +106,10 @@ def _read(
     store: Store, found: Sequence[Run], notes: Sequence[str], campaign: str | None, curve_keys: Sequence[str]
 ) -> SweepData:
     ids = [sweep.run_id for sweep in found]
+    name = campaign or " + ".join(sweep.name for sweep in found)
+    curves = curve_frame(store.metrics(ids, curve_keys))
     return SweepData(
-        campaign or " + ".join(sweep.name for sweep in found),
-        tuple(found),
-        trial_frame(store.children(ids), found),
-        curve_frame(store.metrics(ids, curve_keys)),
-        tuple(notes),
+        name, tuple(found), with_epochs(trial_frame(store.children(ids), found), curves), curves, tuple(notes)
     )
 
 

@@ -50,7 +50,7 @@ def check(folder: Path, tracking_uri: str | None = None) -> Found:
         raise InputError(f"{folder}: no such folder; expected the deliverables of a campaign")
     if not _regular(folder / NAME):
         raise InputError(f"{folder / NAME}: no such file; expected the deliverables of a campaign")
-    manifest = Manifest.read(folder / NAME)
+    manifest, digest = Manifest.read(folder / NAME), _sha256(folder / NAME)
     uri = tracking_uri or default_uri(folder)
     problems = [*_files(folder, manifest), *_complete(manifest)]
     notes: list[str] = []
@@ -61,16 +61,17 @@ def check(folder: Path, tracking_uri: str | None = None) -> Found:
             problems += _workload(folder, manifest, records)
             with open_store(uri) as store:
                 problems += _same_as_mlflow(store, manifest, records)
-                said = _logged_manifest(store, manifest)
+                said = _logged_manifests(store, manifest)
         except _Unusable as error:
             problems.append(str(error))
         else:
             lines = list(_lines(manifest, records))
             problems += [text for text, serious in lines if serious]
-            if said is None:
+            if not said:
                 notes.append(f"{NAME} is not in MLflow, where a campaign's end puts it: its lines are believed")
-            elif said != _sha256(folder / NAME):
-                problems.append(f"{NAME}: not the one that the campaign logged to MLflow (sha256 differs)")
+            elif digest not in said:
+                later = "one whose stages have run since logs it at its end, or by --resume"
+                problems.append(f"{NAME}: not the one that the campaign logged to MLflow (sha256 differs; {later})")
             notes += [text for text, serious in lines if not serious]
     hard = sum(bool(row.lines) for row in manifest.tasks)
     counts = f"{len(manifest.files)} files, {len(records)} records, {hard} tasks with hard lines"
@@ -215,10 +216,10 @@ def _same_as_mlflow(store: Store, manifest: Manifest, records: Mapping[str, Reco
         yield f"{records[run_id].exp_id}: run {run_id} is not in MLflow with a record"
 
 
-def _logged_manifest(store: Store, manifest: Manifest) -> str | None:
-    """The hash of the campaign's manifest that MLflow has, None where it has none."""
+def _logged_manifests(store: Store, manifest: Manifest) -> set[str]:
+    """The hashes of manifests that MLflow has of campaigns of this name."""
     runs = [run for run in store.sweeps(CAMPAIGN_ROLE) if run.tags.get("campaign") == manifest.campaign]
-    return next((run.tags[MANIFEST_TAG] for run in runs if MANIFEST_TAG in run.tags), None)
+    return {run.tags[MANIFEST_TAG] for run in runs if MANIFEST_TAG in run.tags}
 
 
 def _measured(record: Record) -> list[tuple[str, float]]:

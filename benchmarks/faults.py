@@ -110,8 +110,8 @@ class Run:
             raise RuntimeError(f"{error}: {(self.folder / 'driver.log').read_text()[-2000:]}") from None
         if self.trials == "steady" and not on_beta():
             raise RuntimeError("no trial runs on beta, so that nothing would be shown")
-        if not list(at_work(self.alpha)):
-            raise RuntimeError("no process of a trial is seen on alpha, so that none would be seen that is left over")
+        # Seen here, or one that is left over would not be seen either.
+        wait("the look at trials' processes", lambda: bool(list(at_work(self.alpha))), self.driver)
 
     def strike(self) -> None:
         """The fault is now (or its repair): what was running has to report again from here on."""

@@ -118,18 +118,20 @@ class Host:
             time.sleep(0.2)
 
     def cable(self, up: bool) -> None:
-        """Pull the network cable, or put it back."""
+        """Pull the network cable (of the first host: that to the second), or put it back."""
         self.call("ip", "link", "set", "eth0", "up" if up else "down")
 
     def kill(self) -> None:
         """Pull the plug: every process there is gone at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        self.holder.wait()
+        if self.holder.poll() is None:  # else the number may be another process's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.holder.wait()
         if self.memory:
             while (self.memory / "cgroup.procs").read_text():
                 time.sleep(0.05)
             self.memory.rmdir()
+            self.memory = None
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ DATABASE = Path("basic_auth.db")  # MLflow's default
 if __name__ == "__main__" and DATABASE.is_file():
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
-    name, password = os.environ["MLFLOW_AUTH_ADMIN_USERNAME"], os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"]
+    name = os.environ.get("MLFLOW_AUTH_ADMIN_USERNAME", "admin")  # MLflow's default as well
+    password = os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"]
     store = SqlAlchemyStore()
     store.init_db(f"sqlite:///{DATABASE}")
     if store.has_user(name) and not store.authenticate_user(name, password):

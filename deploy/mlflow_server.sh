@@ -1,7 +1,7 @@
 #!/bin/sh
 # MLflow beside the head, on localhost, with a login: sh deploy/mlflow_server.sh FOLDER
 # FOLDER keeps the database and the artifacts; the environment (deploy/mlflow_env.py) has the password.
-# A second call while the server runs does nothing.
+# A second call while the server runs does nothing: after a change of the password, `fuser -k FOLDER/server.lock` first.
 #
 # Artifacts in a bucket instead: FOLDER/artifacts.env, mode 600, says where. The server alone reads it and passes all files
 # on, so that drivers and browsers need no key of the bucket:

@@ -1,7 +1,7 @@
 """AQ-5, ablations: which signals help, whether fused logits do, and what stages add; paired over seeds and shots.
 
 python sweeps/aq_ablation.py --profile demo               # about ten minutes on two cores
-python sweeps/aq_ablation.py --seeds 5                    # more seeds, narrower intervals; small takes 3 GB per seed
+python sweeps/aq_ablation.py --seeds 5                    # more seeds, narrower intervals; small takes 1 GB per seed
 python sweeps/aq_ablation.py --set fusion=PROBES.pth      # probes of python sweeps/aq_fusion.py, not trained here
 python sweeps/aq_ablation.py --set primary=ler_exact      # the same error rate by exact posteriors, with less noise
 

@@ -5,6 +5,7 @@ python sweeps/campaign.py --plan dust3r --profile demo            # everything a
 python sweeps/campaign.py --plan all                              # both domains, profile small
 python sweeps/campaign.py --plan all --resume                     # go on after any interruption
 python sweeps/campaign.py --plan dust3r --only K KQ               # some stages (or tasks: K-2 stands for K)
+python sweeps/campaign.py --plan all --audit 0.2                  # a fifth of the stopped trials runs on
 python sweeps/campaign.py --plan dust3r --address auto --profile full --set teacher=FILE.pth    # side by side
 
 A task that missed its hard line (a failed gate) holds up the stages that depend on it; the rest goes on. At profile
@@ -18,9 +19,10 @@ Exit code: 0 everything ran (and, but for demo and --keep-going, met its hard li
 from sweeps.interrupts import INTERRUPTED, from_now_on, interruptible  # before what is slow to import
 
 # isort: split
+import contextlib
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +173,7 @@ def _refuse(order: Order) -> None:
             + "; start it without --resume"
         )  # fmt: skip
     if before:
-        before.setdefault("audit", 0.0)
+        before.setdefault("audit", 0.0)  # of campaigns from before there was one
         changed = [key for key, value in _identity(plan).items() if before.get(key) != value]
         if changed:
             said = ", ".join(f"{key} was {before.get(key)!r}, is now {_identity(plan)[key]!r}" for key in changed)
@@ -222,16 +224,22 @@ def _collect(plan: Plan) -> deliverables.Delivered:
 
 
 def _with_report(plan: Plan, found: deliverables.Delivered) -> deliverables.Delivered:
-    """The deliverables with the campaign's report, where it can be drawn, and both in MLflow."""
-    missing = "no report"
-    try:
+    """The deliverables with the campaign's report, where it can be drawn, and both in MLflow, where it takes them."""
+    with _or_a_warning("no report"):
         found = deliverables.draw_report(found, plan.tracking_uri)
-        missing = "manifest and report are not in MLflow"
+    with _or_a_warning("manifest and report are not in MLflow"):
         campaign_run.log(plan, found)
-    except Exception as error:  # it may fail in any way: after hours of training that costs the report alone
+    return found
+
+
+@contextlib.contextmanager
+def _or_a_warning(missing: str) -> Iterator[None]:
+    """What comes after hours of training may fail in any way, and then costs itself alone."""
+    try:
+        yield
+    except Exception as error:
         said = masked(" ".join(f"{type(error).__name__}: {error}".split()))
         print(f"warning: {missing} ({said}); --resume tries again, and runs nothing twice", file=sys.stderr)
-    return found
 
 
 if __name__ == "__main__":

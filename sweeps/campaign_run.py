@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from analysis.manifest import CAMPAIGN_ROLE, MANIFEST_TAG, NAME, REPORT
 from sweeps.conduct import Plan
 from sweeps.deliverables import Delivered
+from sweeps.journal import CAMPAIGN, read_events
 from sweeps.tracking import ENVIRONMENT, EXPERIMENT
 
 if TYPE_CHECKING:
@@ -26,20 +27,27 @@ def log(plan: Plan, found: Delivered) -> None:
 
     client = MlflowClient(plan.tracking_uri)
     run_id = _run(client, plan)
-    client.log_artifact(run_id, str(found.folder / NAME))
-    if found.report:
-        client.log_artifacts(run_id, str(found.report.parent), REPORT)
+    manifest = found.folder / NAME
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    client.log_artifact(run_id, str(manifest))
+    # The files that were drawn alone: the folder may hold others, and links, of whoever may write there.
+    for name in (file.file for file in found.manifest.files if file.file.startswith(f"{REPORT}/")):
+        if not (found.folder / name).is_symlink():
+            client.log_artifact(run_id, str(found.folder / name), REPORT)
     # The hash last: it says that what it is of has arrived.
-    client.set_tag(run_id, MANIFEST_TAG, hashlib.sha256((found.folder / NAME).read_bytes()).hexdigest())
+    client.set_tag(run_id, MANIFEST_TAG, digest)
     client.set_terminated(run_id)
 
 
 def _run(client: "MlflowClient", plan: Plan) -> str:
-    """The campaign's run, made where it is not there yet."""
+    """The campaign's run, made where it is not there yet. Others may have given theirs the same name: it is known by
+    the time at which its journal began.
+    """
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         raise ValueError(f"no experiment {EXPERIMENT} in it")
-    tags = {"role": CAMPAIGN_ROLE, "campaign": plan.name, "profile": plan.profile}
+    began = next(read_events(plan.folder / CAMPAIGN))["t"]
+    tags = {"role": CAMPAIGN_ROLE, "campaign": plan.name, "profile": plan.profile, "began": f"{began:.6f}"}
     query = " and ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
     for run in client.search_runs([experiment.experiment_id], query, max_results=1):
         return str(run.info.run_id)

@@ -17,6 +17,7 @@ from sweeps.launch import comparing, masked, program, shown
 from sweeps.ledger import sweeps_in
 from sweeps.tracking import default_uri
 
+HERE = "as measured here"
 _STYLES = {"pass": "bold green", "fail": "red", "n/a": "dim"}
 
 
@@ -34,7 +35,8 @@ def preview(console: Console, plan: Plan, storage: Path) -> None:
         if stage.id in left:
             low, high = low + (estimated or (0, 0))[0], high + (estimated or (0, 0))[1]
             unknown += [] if estimated else [stage.id]
-            took = _hours(estimated, "as measured here" if known else _unit(plan))
+            unit, origin = _unit(plan)
+            took = _hours(estimated, f"{unit}, {HERE if known else origin}")
         else:
             took = "finished"
         files = [name for task in stage.tasks for name in task.files]
@@ -42,14 +44,15 @@ def preview(console: Console, plan: Plan, storage: Path) -> None:
         row = (stage.id, stage.path.name, ", ".join(task.id for task in stage.tasks), ", ".join(needs) or "-", took)
         table.add_row(*map(escape, row), escape(", ".join(files)))
     console.print(table)
-    here = sum(key in measured for key in left)
-    unit = "as measured here"
-    if here < len(left):
-        unit = f"{_unit(plan)}, and {unit}" if here else _unit(plan)
-    said = _hours((low, high), unit) if low or high else "unknown" if left else "every stage is finished"
-    if 0 < len(left) < len(plan.selected):
-        said += f" for {len(left)} of {len(plan.selected)} stages, the others are finished"
-    console.print(f"Hours: {said}" + (f"; unknown for {', '.join(unknown)}" if unknown else ""), soft_wrap=True)
+    unit, origin = _unit(plan)
+    sure = {key for key in left if key not in unknown}
+    origins = [origin] if sure - measured.keys() else []
+    origins += [HERE] if sure & measured.keys() else []
+    said = [f"{_hours((low, high), unit)} of training, {' and '.join(origins)}"] if sure else []
+    said += [f"unknown for {', '.join(unknown)}"] if unknown else []
+    done = len(plan.selected) - len(left)
+    said += [f"{done} of {len(plan.selected)} stages finished"] if done else []
+    console.print(f"Hours: {'; '.join(said)}", soft_wrap=True)
     place = next(place for place in (storage, *storage.parents) if place.exists())
     disk = [size for key, (_, size) in measured.items() if key in {stage.id for stage in plan.selected}]
     took = f"; earlier runs of {len(disk)} of {len(plan.selected)} stages took {sum(disk) / 1e9:.2f} GB" if disk else ""
@@ -107,8 +110,9 @@ def _measured(plan: Plan, storage: Path) -> dict[str, tuple[float, int]]:
     return {key: (took, size) for key, (_, took, size) in newest.items()}
 
 
-def _unit(plan: Plan) -> str:
-    return "GPU-hours, the plan's" if plan.profile == "full" else "CPU-hours, as once taken"
+def _unit(plan: Plan) -> tuple[str, str]:
+    """Of the catalogue's hours: what they are, and where from."""
+    return ("GPU-hours", "the plan's") if plan.profile == "full" else ("CPU-hours", "as once taken")
 
 
 def _hours(estimated: tuple[float, float] | None, unit: str) -> str:

@@ -77,7 +77,7 @@ def draw_report(found: Delivered, tracking_uri: str) -> Delivered:
     """Draw the report of the campaign as MLflow has it, in `report/` of the deliverables, and list its files.
 
     Raises:
-        InputError: the store cannot be read, or lacks the campaign.
+        InputError: the store cannot be read, or lacks the campaign; a link lies where the folder would.
         OSError: the folder cannot be written.
     """
     from analysis import report, store  # what draws takes seconds to import, which --help need not wait for
@@ -87,6 +87,8 @@ def draw_report(found: Delivered, tracking_uri: str) -> Delivered:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".report") as place:
         data = store.load_all(tracking_uri, campaign=found.manifest.campaign)
         page, *_ = report.run(data, tracking_uri, place, str(folder / LEDGER[0]))
+        if (folder / REPORT).is_symlink():
+            raise InputError(f"{folder / REPORT}: a link; remove it, the report lies in a folder of its own")
         (folder / REPORT).mkdir(exist_ok=True)
         names = sorted(path.name for path in Path(place).iterdir())
         for name in names:

@@ -36,7 +36,8 @@ URI = "SLIMSWEEP_TRACKING_URI"
 _KINDS = "sqlite:///FILE, http://HOST:PORT, postgresql://... or mysql://..."
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
-# What keeps MLflow quiet, at home, and from hiding an outage: the writer itself retries, and looks first.
+# What keeps MLflow quiet, at home, and from hiding an outage: the writer itself retries, and looks first, and a
+# campaign is done all the same.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",

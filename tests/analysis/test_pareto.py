@@ -160,6 +160,12 @@ def test_command_line_logs_the_files_to_the_sweep(
     parent = load(uri, "three").run_id
     names = {item.path for item in client.list_artifacts(parent)}
     assert names == {"pareto.csv", "pareto.png", "pareto.html", "curves.png"}
+    # Another picture of the same name stays out of it.
+    before = Path(client.download_artifacts(parent, "pareto.csv", str(tmp_path))).read_bytes()
+    assert main([*arguments, "--x", "size_MB"]) == 0
+    assert "attached" not in capsys.readouterr().out
+    again = client.download_artifacts(parent, "pareto.csv", str(tmp_path))
+    assert Path(again).read_bytes() == before != (tmp_path / "out" / "pareto.csv").read_bytes()
 
 
 def test_unwritable_folder_is_one_line(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

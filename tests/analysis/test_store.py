@@ -126,9 +126,11 @@ def test_a_running_trial_without_a_record_has_its_inputs(empty_uri: str, tmp_pat
     }
     run = client.create_run("1", run_name="K_T7B05_run1", tags=tags)
     client.log_param(run.info.run_id, "T", "7.0")
+    client.log_param(run.info.run_id, "epochs", "30")  # how many it may run
+    client.log_metric(run.info.run_id, "val_drop", 0.2, step=3)
     row = load(copied, "running").trials.row(-1, named=True)
     assert (row["exp_id"], row["T"], row["task_id"], row["status"]) == ("K_T7B05_run1", 7.0, "K-9", "RUNNING")
-    assert row["drop"] is None
+    assert row["drop"] is None and row["epochs"] == 3
 
 
 def test_deleted_runs_are_not_read(empty_uri: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import os
 import shlex
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -103,6 +104,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if why := missing():
         pytest.skip(why)
     pytest.importorskip("flask_wtf", reason="mlflow[auth] is not installed")
+    for tool in ("ss", "curl"):
+        if not shutil.which(tool):
+            pytest.skip(f"no {tool} here")
     folder = tmp_path_factory.mktemp("d")
     config = yaml.safe_load((ROOT / "deploy" / "on_premise.yaml").read_text())
     with joined_hosts(folder, names=("alpha", "beta", "gamma")) as (alpha, beta, gamma):
