@@ -24,7 +24,7 @@ AQ = Sweep(
     settings=(DECODER_WORKLOAD, DECODER_SIZES, DECODER), seeds=3,
     changes={
         "demo": dict(fusion="cached", epochs=4, train_samples=81920),
-        "small": dict(fusion="cached", epochs=3, samples_per_epoch=40960, train_samples=122880),
+        "small": dict(fusion="cached", epochs=2, samples_per_epoch=40960, train_samples=81920),
         "full": dict(fusion="cached", epochs=20, train_samples=1024000),
     },
     trials=[

@@ -1,7 +1,7 @@
 """AQ-5L, labels: what the teacher's final logits add to hard labels alone, at equal steps; paired over seeds and shots.
 
 python sweeps/aq_labels.py --profile demo                 # two minutes on a laptop
-python sweeps/aq_labels.py                                # five seeds of 122,880 shots per arm
+python sweeps/aq_labels.py                                # five seeds of 81,920 shots per arm
 python sweeps/aq_labels.py --set samples_per_epoch=409600 # ten times the steps: what is left of a short budget's gain
 python sweeps/aq_labels.py --set primary=ler_exact        # the same error rate by exact posteriors, with less noise
 """
@@ -17,7 +17,7 @@ AQ = Sweep(
     settings=(DECODER_WORKLOAD, DECODER_SIZES, DECODER), seeds=5,
     changes={
         "demo": dict(epochs=4, train_samples=81920),
-        "small": dict(epochs=3, samples_per_epoch=40960, train_samples=122880),
+        "small": dict(epochs=2, samples_per_epoch=40960, train_samples=81920),
     },
     trials=[
         Trial("AQ-5L", combo="hard", keyparams="", alpha=1.0, beta=0),
