@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parent))
 from made_campaign import STAGES, campaign
 
 
-def test_writing_again_changes_nothing_but_the_manifests_time(whole: Path, tmp_path: Path, template) -> None:
+def test_writing_again_changes_nothing_but_the_manifests_time(tmp_path: Path, template) -> None:
     (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
     plan = campaign(tmp_path)
     first = deliverables.write(plan, {})
