@@ -67,6 +67,9 @@ class Store(Protocol):
 def open_store(tracking_uri: str) -> Iterator[Store]:
     """The reader that fits the URI. Raises InputError when there is nothing that can be read."""
     kind = tracking_uri.partition(":")[0].partition("+")[0]
+    if "://" not in tracking_uri and kind != "sqlite":
+        kinds = "sqlite:///FILE, postgresql://... or the address of a server"
+        raise InputError(f"--tracking-uri {tracking_uri}: expected {kinds}")
     if kind == "sqlite":
         with _sqlite(tracking_uri) as store:
             yield store

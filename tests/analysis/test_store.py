@@ -199,6 +199,10 @@ def test_file_that_is_no_database(tmp_path: Path) -> None:
     assert "cannot be read as a sqlite database" in one_line(f"sqlite:///{tmp_path}/text.db")
 
 
+def test_a_file_s_name_alone_is_no_address() -> None:
+    assert "--tracking-uri runs/mlflow.db: expected sqlite:///FILE" in one_line("runs/mlflow.db")
+
+
 def test_dead_server_is_told_at_once() -> None:
     began = time.monotonic()
     assert "no MLflow server answers" in one_line("http://127.0.0.1:9")
