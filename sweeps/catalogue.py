@@ -111,52 +111,52 @@ DUST3R = (
              (drop(0.01), Gate("late_rise", at_most=2)), (8, 12)),
         Task("K-4", "the three on one protocol; the best", ("student_fp32_best.pth", "distill_log.json"),
              (drop(0.01),), (2, 4)),
-    ], [Needs("P0-2")], {"demo": 0.049}),
+    ], [Needs("P0-2")], {"demo": 0.049, "small": 1.1}),
     Stage("KQ", "dust3r", "kq_joint.py", (WORKLOAD, QUANT), [
         Task("KQ-1", "the best student by Q's policy", ("student_int8.pth",), (drop(0.01),), (5, 8)),
         Task("KQ-2", "its engines", ("student_int8.onnx", "student_int8.qdq.onnx", "student_int8.trt",
              "student_int8.trt.json"), (RUNS,), (2, 3)),
         Task("KQ-3", "measured", ("kq_eval.json",), (drop(0.01), HALF), (3, 5)),
-    ], [Needs("K-4", file="student_fp32_best.pth", setting="model")], {"demo": 0.011}),
+    ], [Needs("K-4", file="student_fp32_best.pth", setting="model")], {"demo": 0.011, "small": 0.0028}),
     Stage("Q", "dust3r", "q_ptq_qat.py", (WORKLOAD, QUANT), [
         Task("Q-1", "PTQ W8A8, at least 512 calibration images", ("ptq_int8.onnx",), (drop(0.01),), (2, 3)),
         Task("Q-2", "QAT where rounding loses more than 1 %", ("quant_ckpt.pth",), (drop(0.01),), (6, 10)),
         Task("Q-3", "engines", ("quantized_model.onnx", "quantized_model.qdq.onnx", "quantized_model.trt",
              "quantized_model.trt.json"), (RUNS,), (2, 3)),
         Task("Q-4", "measured", ("quant_eval.json",), (HALF,), (2, 4)),
-    ], [Needs("P0-2")], {"demo": 0.037}),
+    ], [Needs("P0-2")], {"demo": 0.037, "small": 0.43}),
     Stage("P", "dust3r", "p_prune.py", (WORKLOAD, PRUNE), [
         Task("P-1", "rho .1, fine-tuned", ("pruned_r010.pth",), (drop(0.03),), (8, 12)),
         Task("P-2", "rho .3, fine-tuned", ("pruned_r030.pth",), (drop(0.03),), (10, 14)),
         Task("P-3", "measured", ("prune_eval.json",), (drop(0.03), SMALLER), (2, 4)),
-    ], [Needs("P0-2")], {"demo": 0.030}),
+    ], [Needs("P0-2")], {"demo": 0.030, "small": 0.4}),
     Stage("ABL-1", "dust3r", "abl_keep_list.py", (WORKLOAD, QUANT), [
         Task("ABL-1", "keep-list without LayerNorm, without Softmax", ("ablation_keep.json",), (), (2, 3)),
-    ], [Needs("P0-2")], {"demo": 0.013}),
+    ], [Needs("P0-2")], {"demo": 0.013, "small": 0.054}),
     Stage("ABL-2", "dust3r", "abl_calibration.py", (WORKLOAD, QUANT), [
         Task("ABL-2", "calibration with 128, 256, 512", ("ablation_calib.json",), (), (2, 3)),
-    ], [Needs("P0-2")], {"demo": 0.013}),
+    ], [Needs("P0-2")], {"demo": 0.013, "small": 0.027}),
     Stage("ABL-3", "dust3r", "abl_loss.py", (WORKLOAD, DISTILL), [
         Task("ABL-3", "KL against KL and features", ("ablation_loss.json",), (), (2, 4)),
-    ], [Needs("P0-2")], {"demo": 0.070}),
+    ], [Needs("P0-2")], {"demo": 0.070, "small": 0.18}),
 )  # fmt: skip
 
 _DECODER = (DECODER_WORKLOAD, DECODER_SIZES, DECODER)
 ALPHAQUBIT = (
     Stage("AQ-1", "alphaqubit", "aq_baseline.py", _DECODER, [
         Task("AQ-1", "baseline: final logits and true flips", ("aq_baseline.pth",), (drop(0.03),)),
-    ], cpu_hours={"demo": 0.003, "small": 0.24}),
+    ], cpu_hours={"demo": 0.003, "small": 0.12}),
     Stage("AQ-2", "alphaqubit", "aq_stage1.py", _DECODER, [
         Task("AQ-2", "Stage 1: transformer, rnn and readout signals", ("aq_stage1.pth",), (drop(0.03),)),
-    ], [Needs("AQ-1", gate=False)], {"demo": 0.004}),
+    ], [Needs("AQ-1", gate=False)], {"demo": 0.004, "small": 0.14}),
     Stage("AQ-3", "alphaqubit", "aq_fusion.py", (DECODER_WORKLOAD, DECODER_FUSION), [
         Task("AQ-3", "fused logits: probes and readout", ("aq_probes.pth",),
              (Gate("gain_transformer", at_least=0), Gate("gain_rnn", at_least=0))),  # better than a constant answer
-    ], cpu_hours={"demo": 0.005}),
+    ], cpu_hours={"demo": 0.005, "small": 0.018}),
     Stage("AQ-4", "alphaqubit", "aq_stage2.py", _DECODER, [
         Task("AQ-4", "Stage 2 from Stage 1, fused logits", ("aq_stage2.pth",), (drop(0.03),)),
     ], [Needs("AQ-2", gate=False, file="aq_stage1_best.pth", setting="model"),
-        Needs("AQ-3", file="aq_probes.pth", setting="fusion")], {"demo": 0.008}),
+        Needs("AQ-3", file="aq_probes.pth", setting="fusion")], {"demo": 0.008, "small": 0.13}),
     Stage("AQ-KQ", "alphaqubit", "aq_joint.py", (DECODER_WORKLOAD, DECODER_QUANT), [
         Task("AQ-KQ", "the baseline's student in INT8",
              ("aq_student_int8.pth", "aq_student_int8.onnx", "aq_student_int8.qdq.onnx", "aq_student_int8.trt",
@@ -167,17 +167,17 @@ ALPHAQUBIT = (
         Task("AQ-Q2", "the best of PTQ and QAT, its engines",
              ("aq_int8.pth", "aq_int8.onnx", "aq_int8.qdq.onnx", "aq_int8.trt", "aq_int8.trt.json",
               "aq_quant_eval.json"), (drop(0.01),)),
-    ], cpu_hours={"demo": 0.010}),
+    ], cpu_hours={"demo": 0.010, "small": 0.079}),
     Stage("AQ-P", "alphaqubit", "aq_prune.py", (DECODER_WORKLOAD, DECODER_PRUNE), [
         Task("AQ-P1", "rho .2, fine-tuned", ("aq_pruned_r020.pth",), (drop(0.03),)),
         Task("AQ-P2", "rho .4, fine-tuned", ("aq_pruned_r040.pth", "aq_prune_eval.json"), (drop(0.03), SMALLER)),
-    ], cpu_hours={"demo": 0.010, "small": 0.043}),
+    ], cpu_hours={"demo": 0.010, "small": 0.19}),
     Stage("AQ-5", "alphaqubit", "aq_ablation.py", _DECODER, [
         Task("AQ-5", "signals, fusion and stages at equal steps", ("ablation_signals.json", "ablation_stages.json")),
-    ], cpu_hours={"demo": 0.14}),
+    ], cpu_hours={"demo": 0.14, "small": 0.0062}),
     Stage("AQ-5L", "alphaqubit", "aq_labels.py", _DECODER, [
         Task("AQ-5L", "the teacher's logits against hard labels alone, five seeds", ("ablation_labels.json",)),
-    ], cpu_hours={"demo": 0.041, "small": 0.28}),
+    ], cpu_hours={"demo": 0.041, "small": 0.049}),
 )  # fmt: skip
 
 PLANS: Mapping[str, Sequence[Stage]] = {"dust3r": DUST3R, "alphaqubit": ALPHAQUBIT, "all": (*DUST3R, *ALPHAQUBIT)}
