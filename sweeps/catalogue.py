@@ -174,7 +174,7 @@ ALPHAQUBIT = (
     ], cpu_hours={"demo": 0.010, "small": 0.19}),
     Stage("AQ-5", "alphaqubit", "aq_ablation.py", _DECODER, [
         Task("AQ-5", "signals, fusion and stages at equal steps", ("ablation_signals.json", "ablation_stages.json")),
-    ], cpu_hours={"demo": 0.14, "small": 0.0062}),
+    ], cpu_hours={"demo": 0.14, "small": 0.16}),
     Stage("AQ-5L", "alphaqubit", "aq_labels.py", _DECODER, [
         Task("AQ-5L", "the teacher's logits against hard labels alone, five seeds", ("ablation_labels.json",)),
     ], cpu_hours={"demo": 0.041, "small": 0.049}),
