@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from faults import at_work
 from namespaces import ROOT, Host, joined_hosts, missing
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]  # four minutes
 PASSWORD, TOKEN = "fedcba98765432100123456789abcdef", "0123456789abcdef" * 2
 EPOCHS, HEAD = 8, "10.213.0.1"
 SMALL = dict(
@@ -194,11 +194,11 @@ def test_a_sweep_outlives_a_host_and_its_driver_and_ends_as_a_job(cluster: Clust
     job = f"set -a; . ~/.ray/mlflow.env; cd ~/slimsweep; {cluster.command} --resume"
     submit = "RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --no-wait --submission-id rest -- "
     run(alpha, submit + shlex.join(["sh", "-c", job]))
+    ask = "RAY_AUTH_MODE=token ray job {} --address http://127.0.0.1:8265 rest"
     end = time.monotonic() + WAIT_S
     while cluster.state.ended is None:  # rather than ask again and again: Ray's command line takes seconds to start
-        assert time.monotonic() < end, run(alpha, "RAY_AUTH_MODE=token ray job logs rest")
+        assert time.monotonic() < end, run(alpha, ask.format("logs"))
         time.sleep(1)
-    ask = "RAY_AUTH_MODE=token ray job {} --address http://127.0.0.1:8265 rest"
     said = run(alpha, ask.format("logs --follow"))
     said += run(alpha, ask.format("status"))
     assert "succeeded" in said, said[-3000:]
