@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report", parents=[several], help="verdicts, Pareto, curves, effects, environment: report.html, report.md"
     )
-    report.add_argument("--ledger", metavar="FILE", help="the campaign's ledger.json")
+    report.add_argument(
+        "--deliverables", metavar="FOLDER", help="the campaign's: adds its tasks' verdicts and its ledger"
+    )
     table = commands.add_parser("table", parents=[store], help="the verdict table")
     table.add_argument("--sweep", required=True, metavar="NAME", help="the sweep's run name (or run id)")
     table.add_argument("--csv", metavar="FILE", help="also write it as CSV, with full precision")
@@ -138,7 +140,7 @@ def _effects(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from analysis import report
 
-    for path in report.run(_load(options), options.tracking_uri, options.out, options.ledger):
+    for path in report.run(_load(options), options.tracking_uri, options.out, options.deliverables):
         print(path)
 
 

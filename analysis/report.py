@@ -14,6 +14,7 @@ from analysis import curves, findings, pareto, picture, style, table
 from analysis.blocks import Block, Heading, Items, Picture, Table, Text, to_html, to_markdown
 from analysis.captions import gate_of
 from analysis.frames import rows_of
+from analysis.manifest import NAME, Manifest
 from analysis.pareto import Pareto
 from analysis.points import RATIO, is_stop
 from analysis.store import SweepData
@@ -24,21 +25,24 @@ _MADE_WITH = ("mlflow", "polars", "moocore", "matplotlib")
 _TEXT = frozenset({"sweep", "trial", "exp_id", "beta", "stop reason", "best"})
 
 
-def run(data: SweepData, tracking_uri: str, out_dir: str | Path, ledger: str | None = None) -> list[Path]:
+def run(data: SweepData, tracking_uri: str, out_dir: str | Path, deliverables: str | None = None) -> list[Path]:
     """Write report.html (one self-contained page), report.md and its pictures; returns their paths.
 
-    ledger: a campaign's ledger.json. Raises InputError for sweeps without a trial, a ledger that cannot be read, and a
-    folder that cannot be written; the page appears whole or not at all.
+    deliverables: the folder of the sweeps' campaign, for the verdicts of its plan's tasks and its ledger. Raises
+    InputError for sweeps without a trial, deliverables of another campaign or that cannot be read, and a folder that
+    cannot be written; the page appears whole or not at all.
     """
     if data.trials.is_empty():
         raise InputError(f"{data.name}: no trial is logged yet; wait for the first or resume the sweep")
-    counted = _ledger(Path(ledger)) if ledger else []
+    planned = _tasks(data, Path(deliverables)) if deliverables else []
+    counted = _ledger(Path(deliverables) / "ledger.json") if deliverables else []
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sweeps = data.each()
         blocks = [
             *_summary(data, sweeps),
+            *planned,
             *_verdicts(sweeps),
             *_planes(sweeps, data, folder),
             *_curves(sweeps, folder),
@@ -70,6 +74,29 @@ def _summary(data: SweepData, sweeps: Sequence[SweepData]) -> list[Block]:
         f"measured {times[0][:16].replace('T', ' ')} to {times[-1][:16].replace('T', ' ')}" if times else "",
     ]
     return [Text(" · ".join(part for part in said if part)), *([Items(data.notes)] if data.notes else [])]
+
+
+def _tasks(data: SweepData, folder: Path) -> list[Block]:
+    """What the plan asked for and what became of it, what was never run included."""
+    manifest = Manifest.read(folder / NAME)
+    strangers = [sweep.name for sweep in data.sweeps if sweep.tags.get("campaign") != manifest.campaign]
+    if strangers:
+        raise InputError(
+            f"--deliverables {folder}: of campaign {manifest.campaign}, to which {strangers[0]} does not belong; "
+            f"give --campaign {manifest.campaign}"
+        )
+    chosen = [row for row in manifest.tasks if row.selected]
+    rows = [(row.task, row.title, row.verdict if row.finished else "not run", row.detail) for row in chosen]
+    waiting = [row.task for row in chosen if not row.finished]
+    left_out = [row.task for row in manifest.tasks if not row.selected]
+    said = [f"plan {manifest.plan}, profile {manifest.profile}, seed {manifest.seed}"]
+    said += [f"unfinished: {len(waiting)} of {len(chosen)} tasks, {', '.join(waiting)}"] if waiting else []
+    said += [f"left out by choice: {', '.join(left_out)}"] if left_out else []
+    return [
+        Heading("Tasks of the plan"),
+        Text(" · ".join(said), small=True),
+        Table(("task", "what", "verdict", "numbers"), rows, frozenset({"task", "what", "numbers"})),
+    ]
 
 
 def _verdicts(sweeps: Sequence[SweepData]) -> list[Block]:
@@ -226,7 +253,9 @@ def _ledger(path: Path) -> list[Block]:
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--ledger {path}: cannot be read ({reason}); expected a campaign's ledger.json") from None
+        raise InputError(
+            f"--deliverables {path.parent}: its {path.name} cannot be read ({reason}); the campaign writes it"
+        ) from None
     facts = [(key, _said(value)) for key, value in content.items() if not isinstance(value, list | dict)]
     blocks: list[Block] = [Heading("Ledger"), *([Table((), facts)] if facts else [])]
     for key, value in content.items():

@@ -1,6 +1,6 @@
 """A sweep as logged, or several sweeps of one campaign together: settings, trials and learning curves as frames."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -99,7 +99,7 @@ def load_all(
             found = _of_campaign(logged, campaign, tracking_uri)
         else:
             found, notes = _named(logged, sweeps, tracking_uri)
-        return _read(store, found, [*notes, *map(_interrupted, _killed(found))], campaign, curve_keys)
+        return _read(store, found, [*notes, *_unfinished(found)], campaign, curve_keys)
 
 
 def _read(
@@ -149,8 +149,12 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
 
 
-def _killed(runs: Iterable[Run]) -> list[Run]:
-    return [run for run in runs if run.status == "KILLED"]
+def _unfinished(runs: Iterable[Run]) -> Iterator[str]:
+    for run in runs:
+        if run.status == "RUNNING":
+            yield f"{run.name} is running, or its driver was killed: what follows is what it has logged so far"
+        elif run.status == "KILLED":
+            yield _interrupted(run)
 
 
 def _interrupted(parent: Run) -> str:

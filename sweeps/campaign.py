@@ -21,6 +21,7 @@ from sweeps.interrupts import INTERRUPTED, from_now_on, interruptible  # before 
 # isort: split
 import contextlib
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def run(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]] = PLANS
         _refuse(order)
         if order.dry_run:
             screen.preview(console, order.plan, order.storage)
+        _ask_stages(order.plan)
+        if order.dry_run:
             return 0
         return _execute(order, console)
     except (InputError, OSError) as error:
@@ -156,6 +159,23 @@ def _check_needs(plan: Plan) -> None:
                     f"stage {stage.id} needs {need.file} of stage {source.stage.id}, which is not selected and not "
                     f"finished in {plan.folder}: select it too, or leave {stage.id} out"
                 )
+
+
+def _ask_stages(plan: Plan) -> None:
+    """InputError for what the first stage of a domain refuses: a teacher of another size, data that are too few.
+
+    Stages of one domain share teacher and data. A stage that was begun was asked before; one that waits for a file
+    cannot be.
+    """
+    asked: set[str] = set()
+    for stage in plan.selected:
+        if stage.domain in asked or plan.outcome(stage).begun or any(need.file for need in stage.needs):
+            continue
+        asked.add(stage.domain)
+        done = subprocess.run([*plan.command(stage), "--dry-run"], capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise InputError(f"stage {stage.id}: {said[-1].removeprefix('error: ')}")
 
 
 def _refuse(order: Order) -> None:

@@ -86,7 +86,7 @@ def draw_report(found: Delivered, tracking_uri: str) -> Delivered:
     # Drawn elsewhere, so that a failure leaves nothing in the folder; on the same disk, so that moving is renaming.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".report") as place:
         data = store.load_all(tracking_uri, campaign=found.manifest.campaign)
-        page, *_ = report.run(data, tracking_uri, place, str(folder / LEDGER[0]))
+        page, *_ = report.run(data, tracking_uri, place, str(folder))
         if (folder / REPORT).is_symlink():
             raise InputError(f"{folder / REPORT}: a link; remove it, the report lies in a folder of its own")
         (folder / REPORT).mkdir(exist_ok=True)

@@ -9,29 +9,45 @@ from pathlib import Path
 
 import pytest
 from logged_sweep import log_sweep, record, three
+from mlflow.tracking import MlflowClient
 
 from analysis.__main__ import main
 from analysis.blocks import Heading, Items, Table, Text, to_html, to_markdown
 
 Fresh = Callable[..., str]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CAMPAIGN = "night"
 LEDGER = {"gpu_hours": 1.25, "stages": {"K": {"spent": 1.0, "saved": 0.5}}, "stops": [{"reason": "asha", "hours": 0.5}]}
+
+
+def deliver(folder: Path, ledger: object) -> str:
+    """Deliverables of a plan of three tasks: one passed, one never ran, one was left out."""
+    k = dict(stage="K", files=[], missing=[], lines=[], judged=[], selected=True, finished=True)
+    tasks = [
+        k | dict(task="K-1", title="T=3, beta .5", verdict="pass", detail="drop 0.80 %, needed <= 1 %"),
+        k | dict(task="KQ-1", stage="KQ", title="in <INT8>", verdict="fail", detail="not started", finished=False),
+        k | dict(task="P-1", stage="P", title="rho .1", verdict="n/a", detail="", finished=False, selected=False),
+    ]
+    head = dict(format=1, campaign=CAMPAIGN, plan="dust3r", profile="small", seed=42, git_commit=None, written="now")
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps(head | dict(tasks=tasks, files=[])))
+    (folder / "ledger.json").write_text(json.dumps(ledger))
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def folder(empty_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of two sweeps of different workloads, with a ledger."""
+    """The report of a campaign's two sweeps of different workloads, with its deliverables."""
     from logged_sweep import copy_store
 
     place = tmp_path_factory.mktemp("report")
     uri = copy_store(empty_uri, place)
-    log_sweep(uri, "k", three())
-    log_sweep(
-        uri, "q", [(record("Q_PTQ_run1", workload_hash="ffff00001111", notes="</p><script>alert(1)</script>"), [])]
-    )
-    (place / "ledger.json").write_text(json.dumps(LEDGER))
+    other = record("Q_PTQ_run1", workload_hash="ffff00001111", notes="</p><script>alert(1)</script>")
+    for name, trials in (("k", three()), ("q", [(other, [])])):
+        MlflowClient(tracking_uri=uri).set_tag(log_sweep(uri, name, trials), "campaign", CAMPAIGN)
+    folder = deliver(place / "deliverables", LEDGER)
     out = str(place / "out")
-    given = ["--tracking-uri", uri, "--sweep", "k", "q", "--ledger", str(place / "ledger.json"), "--out", out]
+    given = ["--tracking-uri", uri, "--campaign", CAMPAIGN, "--deliverables", folder, "--out", out]
     assert main(["report", *given]) == 0
     return place / "out"
 
@@ -40,7 +56,7 @@ def test_the_page_says_everything_and_fetches_nothing(folder: Path) -> None:
     text = (folder / "report.html").read_text(encoding="utf-8").replace("<wbr>", "")
     heads = re.findall(r"<h2[^>]*>(.*?)</h2>", text)
     planes = [f"Quality against latency: dust3r, workload {name}" for name in ("3fa9c02b77e1", "ffff00001111")]
-    assert heads == ["Verdicts", *planes, "Learning curves", "Ledger", "Environment"]
+    assert heads == ["Tasks of the plan", "Verdicts", *planes, "Learning curves", "Ledger", "Environment"]
     assert "<script" not in text and "default-src 'none'" in text
     assert not re.findall(r"""(?:src|srcset|href)="(?!data:image/png|#)""", text)
     assert text.count("✓ pass") >= 2 and "✗ fail" in text and "stop_loss" in text and "6da7cc3" not in heads
@@ -99,11 +115,38 @@ def test_no_width_makes_the_page_scroll_sideways(folder: Path, tmp_path: Path, w
     assert "true, true,true,true 0" in done.stdout
 
 
-def test_a_ledger_that_is_none_is_one_line(fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "ledger.json").write_text("[1, 2]")
-    given = ["--tracking-uri", fresh("k", three()), "--sweep", "k", "--out", str(tmp_path / "out")]
-    for name, reason in (("ledger.json", "not a JSON object"), ("none.json", "No such file")):
-        assert main(["report", *given, "--ledger", str(tmp_path / name)]) == 2
+def test_what_the_plan_wanted_and_never_ran_is_said(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| K-1 | T=3, beta .5 | pass | drop 0.80 %, needed &lt;= 1 % |" in text
+    assert "| not run | not started |" in text and "| P-1 |" not in text
+    assert "unfinished: 1 of 2 tasks, KQ-1" in text and "left out by choice: P-1" in text
+    assert "in <INT8>" not in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_sweep_that_still_runs_is_said_to(fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = fresh("k", three())
+    client = MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs(["1"], "tags.role = 'sweep'")
+    client.update_run(run.info.run_id, status="RUNNING")
+    assert main(["report", "--tracking-uri", uri, "--sweep", "k", "--out", str(tmp_path)]) == 0
+    assert "k is running, or its driver was killed" in (tmp_path / "report.md").read_text()
+
+
+def test_deliverables_that_are_none_or_of_another_are_one_line(
+    fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = fresh("k", three())
+    given = ["--tracking-uri", uri, "--sweep", "k", "--out", str(tmp_path / "out"), "--deliverables"]
+    folder = deliver(tmp_path / "deliverables", [1, 2])
+
+    def refused(reason: str, folder: str = folder) -> None:
+        assert main(["report", *given, folder]) == 2
         said = capsys.readouterr().err
-        assert said.startswith("error: --ledger") and reason in said and said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+        assert said.startswith("error: ") and reason in said and said.count("\n") == 1, said
+        assert not (tmp_path / "out").exists()
+
+    refused("No such file or directory; expected the deliverables of a campaign", str(tmp_path / "none"))
+    refused("of campaign night, to which k does not belong")
+    (run,) = MlflowClient(tracking_uri=uri).search_runs(["1"], "tags.role = 'sweep'")
+    MlflowClient(tracking_uri=uri).set_tag(run.info.run_id, "campaign", CAMPAIGN)
+    refused("ledger.json cannot be read (not a JSON object)")

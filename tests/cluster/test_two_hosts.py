@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from sweeps.cluster import PACKAGES
 from sweeps.journal import SweepState
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from faults import at_work
 from namespaces import ROOT, Host, joined_hosts, missing
 
 pytestmark = pytest.mark.cluster
 TOY = ROOT / "tests" / "sweeps" / "toy_sweep.py"
 NAME = "toy_small_seed42"
+TINY = dict(
+    epochs=2, grace=2, samples_per_epoch=256, train_samples=256, val_pairs=16, test_pairs=16, repeats=5, warmup=1,
+    scene_steps=5, scene_repeats=2,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +69,25 @@ def outside(hosts: tuple[Host, Host]) -> Path:
     return hosts[0].folder.parent / "shared"
 
 
-def test_a_sweep_runs_on_both_hosts(hosts: tuple[Host, Host]) -> None:
-    """A trial takes all cores of a host, so that two trials need two; the code travels to beta, which lacks it."""
-    storage = hosts[0].folder.parent / "storage"
-    code, out, err = drive(hosts[0], storage / "both", "--cpus-per-trial", "2", TOY_SLEEP="2")
-    assert code == 0 and not err, err
-    folder = outside(hosts) / "both" / NAME
-    state = SweepState.replay(folder / "journal.jsonl")
-    trained = [trial for trial in state.trials.values() if trial.role == "trial"]
-    assert {(folder / "trials" / t.trial_id / "host").read_text() for t in trained} == {"alpha", "beta"}
-    assert [(t.record or {}).get("verdict") for t in state.trials.values()] == ["n/a", "pass", "fail"]
+def test_k_grid_trains_on_both_hosts(hosts: tuple[Host, Host]) -> None:
+    """A trial takes all cores of a host, so that three trials need both. The code travels to beta, which lacks it, and
+    so do the shipped teacher and what it answers; what was trained there is measured.
+    """
+    alpha, storage = hosts[0], hosts[0].folder.parent / "storage"
+    command = [sys.executable, str(ROOT / "sweeps" / "k_grid.py"), "--address", "auto", "--storage", str(storage / "k")]
+    command += ["--profile", "demo", "--cpus-per-trial", "2", *(f"--set={key}={value}" for key, value in TINY.items())]
+    driver, trained_on = alpha.start_process(command, alpha.folder / "k.log"), set[str]()
+    while driver.poll() is None:
+        trained_on |= {host.name for host in hosts if any(at_work(host))}
+        time.sleep(0.2)
+    assert driver.returncode == 0, (alpha.folder / "k.log").read_text()
+    assert trained_on == {"alpha", "beta"}
+    folder = outside(hosts) / "k" / "k_grid_demo_seed42"
     assert not list(folder.glob(".hosts-*"))
+    trials = SweepState.replay(folder / "journal.jsonl").trials.values()
+    found = {trial.task_id: (trial.epoch, trial.record or {}) for trial in trials if trial.role == "trial"}
+    assert {task: epoch for task, (epoch, _) in found.items()} == dict.fromkeys(("K-1", "K-2", "K-3"), TINY["epochs"])
+    assert all(known["verdict"] in ("pass", "fail") and known["t_pair_p50_ms"] > 0 for _, known in found.values())
 
 
 def test_the_second_driver_is_told_who_is_the_first(hosts: tuple[Host, Host]) -> None:

@@ -256,6 +256,7 @@ def test_sigterm_ends_campaign_and_stage_in_order(tmp_path: Path) -> None:
         ("--plan all --audit 20", "--audit 20: expected a share from 0 to 1"),
         ("--plan all --seed -1", "--seed -1: expected 0 or more"),
         ("--plan all --tracking-uri nonsense", "tracking address 'nonsense'"),
+        ("--plan dust3r --profile full", "stage P0: image_size=512x512: teacher 'shipped' takes 64x64 images; give"),
     ],
 )
 def test_bad_input_is_one_line_and_touches_nothing(
