@@ -53,6 +53,7 @@ def plan(scripts: Path) -> list[Stage]:
     return [
         stage("A", "first", [
             Task("A-1", "a good one", ("good.pth",), (drop(0.01),)),
+            Task("A-2", "a bad one"),
             Task("A-3", "the best", ("first_best.pth", "first.json"), (drop(0.01),)),
         ]),
         stage("B", "second", [Task("B-1", "what comes of it", ("second.pth",), (drop(0.01),))],
