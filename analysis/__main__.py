@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "report", parents=[several], help="verdicts, Pareto, curves, effects, environment: report.html, report.md"
     )
     report.add_argument(
-        "--deliverables", metavar="FOLDER", help="the campaign's: adds its tasks' verdicts and its ledger"
+        "--deliverables", metavar="FOLDER", help="the campaign's, for its tasks and ledger (default: beside the store)"
     )
     table = commands.add_parser("table", parents=[store], help="the verdict table")
     table.add_argument("--sweep", required=True, metavar="NAME", help="the sweep's run name (or run id)")
@@ -140,8 +140,19 @@ def _effects(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from analysis import report
 
-    for path in report.run(_load(options), options.tracking_uri, options.out, options.deliverables):
+    data = _load(options)
+    folder = options.deliverables or _beside(options.tracking_uri, options.campaign)
+    if options.campaign and not folder:
+        print("no tasks of the plan and no ledger: give --deliverables FOLDER, which the campaign said at its end")
+    for path in report.run(data, options.tracking_uri, options.out, folder):
         print(path)
+
+
+def _beside(uri: str, campaign: str | None) -> str | None:
+    """A campaign's deliverables where a campaign puts them by default: beside the store."""
+    kind, _, file = uri.partition(":///")
+    folder = Path(file).parent / (campaign or "") / "deliverables"
+    return str(folder) if kind == "sqlite" and campaign and (folder / "manifest.json").is_file() else None
 
 
 def _table(options: argparse.Namespace) -> None:

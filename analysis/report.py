@@ -85,10 +85,10 @@ def _tasks(data: SweepData, folder: Path) -> list[Block]:
             f"--deliverables {folder}: of campaign {manifest.campaign}, to which {strangers[0]} does not belong; "
             f"give --campaign {manifest.campaign}"
         )
-    chosen = [row for row in manifest.tasks if row.selected]
+    chosen = [row for row in manifest.tasks if row.selected or row.finished]  # of an earlier start of the campaign too
     rows = [(row.task, row.title, row.verdict if row.finished else "not run", row.detail) for row in chosen]
     waiting = [row.task for row in chosen if not row.finished]
-    left_out = [row.task for row in manifest.tasks if not row.selected]
+    left_out = [row.task for row in manifest.tasks if row not in chosen]
     said = [f"plan {manifest.plan}, profile {manifest.profile}, seed {manifest.seed}"]
     said += [f"unfinished: {len(waiting)} of {len(chosen)} tasks, {', '.join(waiting)}"] if waiting else []
     said += [f"left out by choice: {', '.join(left_out)}"] if left_out else []

@@ -74,7 +74,8 @@ def run(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]] = PLANS
         _refuse(order)
         if order.dry_run:
             screen.preview(console, order.plan, order.storage)
-        _ask_stages(order.plan)
+        if not order.resume:
+            _ask_stages(order.plan)
         if order.dry_run:
             return 0
         return _execute(order, console)
@@ -164,18 +165,20 @@ def _check_needs(plan: Plan) -> None:
 def _ask_stages(plan: Plan) -> None:
     """InputError for what the first stage of a domain refuses: a teacher of another size, data that are too few.
 
-    Stages of one domain share teacher and data. A stage that was begun was asked before; one that waits for a file
-    cannot be.
+    Stages of one domain share teacher and data; one that waits for a file cannot be asked. A resume asks nobody: what
+    a later stage refuses is its own affair, and one may be at work.
     """
     asked: set[str] = set()
     for stage in plan.selected:
-        if stage.domain in asked or plan.outcome(stage).begun or any(need.file for need in stage.needs):
+        if stage.domain in asked or any(need.file for need in stage.needs):
             continue
         asked.add(stage.domain)
         done = subprocess.run([*plan.command(stage), "--dry-run"], capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise InputError(f"stage {stage.id}: {said[-1].removeprefix('error: ')}")
+            apart = len({stage.domain for stage in plan.selected}) > 1 and "--set teacher" in said[-1]
+            hint = "; each domain has a teacher of its own: run --plan dust3r and --plan alphaqubit apart"
+            raise InputError(f"stage {stage.id}: {said[-1].removeprefix('error: ')}{hint if apart else ''}")
 
 
 def _refuse(order: Order) -> None:
@@ -219,7 +222,7 @@ def _execute(order: Order, console: Console) -> int:
         def say(text: str) -> None:
             console.print(text, style="bold", markup=False, soft_wrap=True)
 
-        conductor = Conductor(plan, journal, say, on_end=lambda: _collect(plan))
+        conductor = Conductor(plan, journal, say, on_end=lambda: _collect(plan, conductor.held))
         try:
             with interruptible():
                 conductor.run()
@@ -228,19 +231,19 @@ def _execute(order: Order, console: Console) -> int:
             console.print(f"\nInterrupted; nothing finished is lost. Go on with: {resume}", soft_wrap=True)
             journal.append("end", status="interrupted")
             return INTERRUPTED
-        found = _with_report(plan, _collect(plan))
-        screen.closing(console, plan, found, conductor.held)
+        found = _with_report(plan, _collect(plan, conductor.held))
+        screen.closing(console, plan, found)
         journal.append("end", status="finished")
     missed = any(row.selected and row.verdict == "fail" for row in found.manifest.tasks)
     return 1 if conductor.held or (missed and not plan.lenient) else 0
 
 
-def _collect(plan: Plan) -> deliverables.Delivered:
+def _collect(plan: Plan, held: Mapping[str, str]) -> deliverables.Delivered:
     wall_s: dict[str, float] = {}
     for event in read_events(plan.folder / CAMPAIGN):
         if event["event"] == "exit":
             wall_s[event["stage"]] = wall_s.get(event["stage"], 0.0) + event["wall_s"]
-    return deliverables.write(plan, wall_s)
+    return deliverables.write(plan, wall_s, held)
 
 
 def _with_report(plan: Plan, found: deliverables.Delivered) -> deliverables.Delivered:

@@ -2,7 +2,6 @@
 
 import shlex
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -60,19 +59,18 @@ def preview(console: Console, plan: Plan, storage: Path) -> None:
     console.print(f"Folder: {plan.folder}", soft_wrap=True)
 
 
-def closing(console: Console, plan: Plan, found: Delivered, held: Mapping[str, str]) -> None:
+def closing(console: Console, plan: Plan, found: Delivered) -> None:
     """The verdicts of all selected tasks, the hours, and where everything lies."""
     table = Table(title=plan.name, title_justify="left", title_style="bold")
     for name in ("task", "what", "verdict", "numbers", "files"):
         table.add_column(name, overflow="fold")
     for row in found.manifest.tasks:
         if row.selected:
-            why = held.get(row.stage, row.detail) if not row.finished else row.detail
             there = [name for name in row.files if not _lacks(row.missing, name)]
             files = ", ".join([*there, *(f"no {entry}" for entry in row.missing)])
             verdict = row.verdict if row.finished else "not run"
             table.add_row(*map(escape, (row.task, row.title)), f"[{_STYLES.get(verdict, 'red')}]{verdict}[/]",
-                          escape(why), escape(files if row.finished else ""))  # fmt: skip
+                          escape(row.detail), escape(files if row.finished else ""))  # fmt: skip
     console.print(table)
     say = console.print
     for account in found.stages:

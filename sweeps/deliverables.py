@@ -42,8 +42,9 @@ class Delivered:
     report: Path | None = None
 
 
-def write(plan: Plan, wall_s: Mapping[str, float]) -> Delivered:
-    """Collect what the campaign has so far. wall_s: by stage, of all its starts.
+def write(plan: Plan, wall_s: Mapping[str, float], held: Mapping[str, str]) -> Delivered:
+    """Collect what the campaign has so far. wall_s: by stage, of all its starts. held: why a stage did
+    not run or did not end, by stage.
 
     Files that an earlier call wrote and that no longer belong are removed, and so is an earlier report, which knows
     nothing of what ran since; anything else in the folder stays.
@@ -66,7 +67,7 @@ def write(plan: Plan, wall_s: Mapping[str, float]) -> Delivered:
     manifest = Manifest(
         format=FORMAT, campaign=plan.name, plan=plan.plan, profile=plan.profile, seed=plan.seed,
         git_commit=git_commit(), written=now(), files=tuple(files),
-        tasks=tuple(row for outcome in outcomes for row in _rows(outcome, runs, outcome.stage.id in chosen)),
+        tasks=tuple(row for outcome in outcomes for row in _rows(outcome, runs, outcome.stage.id in chosen, held)),
     )  # fmt: skip
     _sweep_out(folder, {file.file for file in files})
     _put(folder / NAME, lambda path: path.write_text(manifest.model_dump_json(indent=1)))
@@ -151,14 +152,15 @@ def _records(outcome: Outcome, runs: RunIds) -> list[Record]:
     return found
 
 
-def _rows(outcome: Outcome, runs: RunIds, selected: bool) -> list[Row]:
+def _rows(outcome: Outcome, runs: RunIds, selected: bool, held: Mapping[str, str]) -> list[Row]:
     rows = []
     for task in outcome.stage.tasks:
         verdict = outcome.verdict(task)
+        detail = verdict.detail if outcome.finished else held.get(outcome.stage.id, verdict.detail)
         judged = [runs.get((_sweep_id(outcome), trial.trial_id)) for trial in outcome.judged(task)]
         row = Row(
             task=task.id, stage=outcome.stage.id, title=task.title, selected=selected, finished=outcome.finished,
-            files=task.files, missing=tuple(outcome.missing(task)), verdict=verdict.verdict, detail=verdict.detail,
+            files=task.files, missing=tuple(outcome.missing(task)), verdict=verdict.verdict, detail=detail,
             lines=tuple(Line(**vars(gate)) for gate in task.gates), judged=tuple(run for run in judged if run),
         )  # fmt: skip
         rows.append(row)

@@ -26,10 +26,11 @@ def deliver(folder: Path, ledger: object) -> str:
     tasks = [
         k | dict(task="K-1", title="T=3, beta .5", verdict="pass", detail="drop 0.80 %, needed <= 1 %"),
         k | dict(task="KQ-1", stage="KQ", title="in <INT8>", verdict="fail", detail="not started", finished=False),
+        k | dict(task="Q-1", stage="Q", title="an earlier start", verdict="pass", detail="met", selected=False),
         k | dict(task="P-1", stage="P", title="rho .1", verdict="n/a", detail="", finished=False, selected=False),
     ]
     head = dict(format=1, campaign=CAMPAIGN, plan="dust3r", profile="small", seed=42, git_commit=None, written="now")
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps(head | dict(tasks=tasks, files=[])))
     (folder / "ledger.json").write_text(json.dumps(ledger))
     return str(folder)
@@ -45,9 +46,9 @@ def folder(empty_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = record("Q_PTQ_run1", workload_hash="ffff00001111", notes="</p><script>alert(1)</script>")
     for name, trials in (("k", three()), ("q", [(other, [])])):
         MlflowClient(tracking_uri=uri).set_tag(log_sweep(uri, name, trials), "campaign", CAMPAIGN)
-    folder = deliver(place / "deliverables", LEDGER)
+    deliver(place / CAMPAIGN / "deliverables", LEDGER)  # where a campaign puts them, beside the store
     out = str(place / "out")
-    given = ["--tracking-uri", uri, "--campaign", CAMPAIGN, "--deliverables", folder, "--out", out]
+    given = ["--tracking-uri", uri, "--campaign", CAMPAIGN, "--out", out]
     assert main(["report", *given]) == 0
     return place / "out"
 
@@ -119,7 +120,11 @@ def test_what_the_plan_wanted_and_never_ran_is_said(folder: Path) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "| K-1 | T=3, beta .5 | pass | drop 0.80 %, needed &lt;= 1 % |" in text
     assert "| not run | not started |" in text and "| P-1 |" not in text
-    assert "unfinished: 1 of 2 tasks, KQ-1" in text and "left out by choice: P-1" in text
+    assert (
+        "unfinished: 1 of 3 tasks, KQ-1" in text
+        and "| Q-1 | an earlier start | pass |" in text
+        and "left out by choice: P-1" in text
+    )
     assert "in <INT8>" not in (folder / "report.html").read_text(encoding="utf-8")
 
 

@@ -187,7 +187,7 @@ def test_it_ends_in_a_report_of_all_its_sweeps(killed: SimpleNamespace) -> None:
 def test_verify_names_the_missed_line_and_what_was_not_done_and_nothing_else(killed: SimpleNamespace) -> None:
     found = verify.check(killed.toys.folder / "deliverables")
     assert len(found.problems) == 2, found.problems
-    assert found.problems[0].startswith("D-1: not done") and "fourth.pth" in found.problems[0]
+    assert found.problems[0].startswith("D-1: not done (C-1 missed its hard line") and "fourth.pth" in found.problems[0]
     assert found.problems[1].startswith("C-1: missed its hard line. drop 30 %")
 
 
