@@ -166,7 +166,7 @@ def test_a_text_that_mlflow_shows_cut_is_no_change(tmp_path: Path, template, mon
     monkeypatch.setattr("sweeps.mlflow_content._LONGEST_TAG", 1100)
     (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
     monkeypatch.setitem(NOTED, "notes", "a long note " * 40)
-    folder = deliverables.write(campaign(tmp_path), {}).folder
+    folder = deliverables.write(campaign(tmp_path), {}, {}).folder
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
         shown = [text for (text,) in store.execute("select value from tags where key = 'record'")]
     assert shown and all('..."' in text for text in shown) and not verify.check(folder).problems
@@ -179,7 +179,7 @@ def test_a_missed_line_is_a_problem_but_for_the_demo(tmp_path: Path, template) -
         storage = tmp_path / profile
         storage.mkdir()
         (storage / "mlflow.db").write_bytes(template.read_bytes())
-        found = verify.check(deliverables.write(campaign(storage, profile, second_drop=0.5), {}).folder)
+        found = verify.check(deliverables.write(campaign(storage, profile, second_drop=0.5), {}, {}).folder)
         said = ("K-2: missed its hard line. drop 50 %, needed <= 1 %",)
         unlogged = ("manifest.json is not in MLflow, where a campaign's end puts it: its lines are believed",)
         assert (found.problems, found.notes) == ((said, unlogged) if profile == "small" else ((), (*unlogged, *said)))
