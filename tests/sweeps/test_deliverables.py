@@ -30,16 +30,16 @@ from made_campaign import STAGES, campaign
 def test_writing_again_changes_nothing_but_the_manifests_time(tmp_path: Path, template) -> None:
     (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
     plan = campaign(tmp_path)
-    first = deliverables.write(plan, {})
+    first = deliverables.write(plan, {}, {})
     (first.folder / "mine.txt").write_text("put here by a person")
-    again = deliverables.write(plan, {})
+    again = deliverables.write(plan, {}, {})
     assert again.manifest.files == first.manifest.files and again.manifest.tasks == first.manifest.tasks
     assert (again.folder / "mine.txt").exists() and not [p for p in again.folder.iterdir() if p.suffix == ".tmp"]
     source = plan.sweep_folder(STAGES[0]) / "files" / "one.pth"
     assert os.path.samefile(source, again.folder / "one.pth"), "a file was copied where a link would have done"
     # A file that the plan's stage lost is no deliverable any more.
     source.unlink()
-    assert "one.pth" not in {file.file for file in deliverables.write(plan, {}).manifest.files}
+    assert "one.pth" not in {file.file for file in deliverables.write(plan, {}, {}).manifest.files}
     assert not (again.folder / "one.pth").exists()
 
 
@@ -93,7 +93,7 @@ def test_a_campaign_ends_in_a_report_that_the_manifest_lists(resumed, capsys: py
     assert resumed()[1] == 0 and not (logged / "report" / "more.txt").exists()
     (page.parent / "more.txt").unlink()
     # A stage that ends later makes the report one of yesterday, and the manifest one that MLflow does not know yet.
-    assert not deliverables.write(plan, {}).report and not page.parent.exists()
+    assert not deliverables.write(plan, {}, {}).report and not page.parent.exists()
     (problem,) = verify.check(folder).problems
     assert problem.startswith("manifest.json: not the one that the campaign logged")
     assert resumed()[1] == 0 and not verify.check(folder).problems
@@ -111,7 +111,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_prevents_the_report_costs_nothing_else(fault, resumed, capsys: pytest.CaptureFixture[str]) -> None:
     plan, _ = resumed()
-    deliverables.write(plan, {})
+    deliverables.write(plan, {}, {})
     FAULTS[fault](plan)
     capsys.readouterr()
     _, code = resumed()
@@ -130,7 +130,7 @@ def test_what_prevents_the_report_costs_nothing_else(fault, resumed, capsys: pyt
 
 def test_hours_saved_are_the_epochs_not_run_at_the_trials_own_pace(tmp_path: Path, template) -> None:
     (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
-    ledger = json.loads((deliverables.write(campaign(tmp_path), {"K": 7200.0}).folder / "ledger.json").read_text())
+    ledger = json.loads((deliverables.write(campaign(tmp_path), {"K": 7200.0}, {}).folder / "ledger.json").read_text())
     second = next(row for row in ledger["trials"] if row["exp_id"] == "K_second_run1")
     assert (second["hours"], second["unit"]) == (pytest.approx(0.4), "CPU")  # CPU time, not the clock's
     assert second["saved"] == pytest.approx(0.6)
@@ -147,7 +147,7 @@ def test_the_ledger_has_what_an_audit_found(tmp_path: Path, template) -> None:
     for stage, audited, false in zip(STAGES, (3, 1), (1, 0), strict=True):
         with Journal.open(plan.sweep_folder(stage)) as journal:
             journal.append("summary", metrics=FalseStops(audited, false).metrics)
-    found = deliverables.write(plan, {})
+    found = deliverables.write(plan, {}, {})
     said = "Audit: 1 of 4 stops that were run on to the end met the gate after all: 25 % false stops [1, 81]."
     assert found.total.sentence.endswith(said)
     ledger = json.loads((found.folder / "ledger.json").read_text())
@@ -175,7 +175,7 @@ def test_a_dry_run_says_which_hours_were_measured_here(
 def test_a_folder_that_cannot_be_written_leaves_the_manifest_as_it_was(tmp_path: Path, template, monkeypatch) -> None:
     (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
     plan = campaign(tmp_path)
-    folder = deliverables.write(plan, {}).folder
+    folder = deliverables.write(plan, {}, {}).folder
     before = (folder / "manifest.json").read_bytes()
 
     def full(*_: object) -> None:
@@ -183,7 +183,7 @@ def test_a_folder_that_cannot_be_written_leaves_the_manifest_as_it_was(tmp_path:
 
     monkeypatch.setattr(deliverables, "write_csv", full)
     with pytest.raises(OSError):
-        deliverables.write(plan, {})
+        deliverables.write(plan, {}, {})
     assert (folder / "manifest.json").read_bytes() == before
     assert not verify.check(folder).problems
 
