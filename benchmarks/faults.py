@@ -98,18 +98,17 @@ class Run:
         self.driver = self.alpha.start_process(command, self.folder / "driver.log", **env)
 
     def until_training(self, epochs: int = 9) -> None:
-        """Until the trials have together reported so many epochs and beta has one of them."""
+        """Until the trials have together reported so many epochs and beta has run one of them."""
 
-        def on_beta() -> bool:
-            places = self.journal.parent.glob("trials/*/host")
-            return any(place.read_text() == "beta" for place in places)
+        def training() -> bool:
+            hosts = {place.read_text() for place in self.journal.parent.glob("trials/*/host")}
+            enough = sum(trial.epoch for trial in self.state.trials.values()) >= epochs
+            return enough and (self.trials != "steady" or "beta" in hosts)
 
         try:
-            wait("training", lambda: sum(trial.epoch for trial in self.state.trials.values()) >= epochs, self.driver)
+            wait("training (on beta too)", training, self.driver)
         except RuntimeError as error:
             raise RuntimeError(f"{error}: {(self.folder / 'driver.log').read_text()[-2000:]}") from None
-        if self.trials == "steady" and not on_beta():
-            raise RuntimeError("no trial runs on beta, so that nothing would be shown")
         # Seen here, or one that is left over would not be seen either.
         wait("the look at trials' processes", lambda: bool(list(at_work(self.alpha))), self.driver)
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,7 @@ class Toy(Trainable):
             (self.folder / "hung").touch()
             time.sleep(10_000)
         self.epoch += 1
+        (self.folder / "host").write_text(socket.gethostname())  # for benchmarks/faults.py
         with (self.folder / "steps.log").open("a") as log:
             log.write(f"{self.epoch}\n")
         (self.folder / "best.pth").write_text(f"weights after epoch {self.epoch}")
