@@ -1,7 +1,8 @@
 """The daily sheet: what every trial did on one day, running and stopped ones included, as Markdown and CSV.
 
 A trial is on the sheet of a day on which it finished an epoch or was measured, or on which it started and is still
-running. Its hours are those of that day's epochs, so that sheets add up.
+running: a run that has said nothing for two days was killed and never resumed, whatever MLflow calls it. Its hours are
+those of that day's epochs, so that sheets add up.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import date as Date
 from datetime import datetime as Datetime
 from typing import Any
@@ -22,7 +23,8 @@ from trainables.record import InputError
 COLUMNS = ("日期", "任务ID", "输入/配置", "产出", "判定", "GPUh", "备注")
 _ACTIVITY = ("val_drop", "epoch_s", "cpu_s", "workers")  # every epoch logs one of the first three
 _CONFIG = ("T", "beta", "gamma", "rho", "bits_w", "bits_a", "keep_list", "seed")
-_SAID = {"RUNNING": "running", "KILLED": "interrupted", "FAILED": "failed"}
+_SILENT_MS = 2 * 24 * 3600 * 1000
+_SAID = {"RUNNING": "running", "SILENT": "silent for days", "KILLED": "interrupted", "FAILED": "failed"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def compute(tracking_uri: str, day: Date) -> Sheet:
                 days |= active
                 if day in active:
                     spent = _hours(points[run.run_id], day, gpu)
-                    found.append((run.start_ms, _entry(day, parent, run, records[run.run_id], spent, gpu)))
+                    said = replace(run, status="SILENT") if _silent(run, points[run.run_id]) else run
+                    found.append((run.start_ms, _entry(day, parent, said, records[run.run_id], spent, gpu)))
     if not found:
         near = ", ".join(str(one) for one in sorted(days)[-3:])
         raise InputError(f"--date {day}: nothing ran on that day; the last days with runs are {near or 'none'}")
@@ -115,8 +118,13 @@ def _days(run: Run, record: Mapping[str, Any], points: Sequence[tuple[str, int, 
     if record.get("datetime"):
         days.add(Datetime.fromisoformat(str(record["datetime"])).astimezone().date())
     if run.status == "RUNNING":
-        days |= {_day(run.start_ms), Date.today()}
+        days |= {_day(run.start_ms)} | (set() if _silent(run, points) else {Date.today()})
     return days or {_day(run.start_ms)}
+
+
+def _silent(run: Run, points: Sequence[tuple[str, int, int, float]]) -> bool:
+    heard = max([run.start_ms, *(time for _, _, time, _ in points)])
+    return run.status == "RUNNING" and Datetime.now().timestamp() * 1000 - heard > _SILENT_MS
 
 
 def _day(ms: int) -> Date:

@@ -75,7 +75,7 @@ def run(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]] = PLANS
         if order.dry_run:
             screen.preview(console, order.plan, order.storage)
         if not order.resume:
-            _ask_stages(order.plan)
+            _ask_stages(order.plan, console)
         if order.dry_run:
             return 0
         return _execute(order, console)
@@ -162,7 +162,7 @@ def _check_needs(plan: Plan) -> None:
                 )
 
 
-def _ask_stages(plan: Plan) -> None:
+def _ask_stages(plan: Plan, console: Console) -> None:
     """InputError for what the first stage of a domain refuses: a teacher of another size, data that are too few.
 
     Stages of one domain share teacher and data; one that waits for a file cannot be asked. A resume asks nobody: what
@@ -173,6 +173,7 @@ def _ask_stages(plan: Plan) -> None:
         if stage.domain in asked or any(need.file for need in stage.needs):
             continue
         asked.add(stage.domain)
+        console.print(f"Asking {stage.path.name} whether it can start ...")
         done = subprocess.run([*plan.command(stage), "--dry-run"], capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

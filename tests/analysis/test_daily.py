@@ -26,7 +26,7 @@ def stamp(day: date) -> str:
 
 @pytest.fixture
 def uri(empty_uri, tmp_path) -> str:
-    """A trial of two days, one that still runs, one that was interrupted, and a teacher; epochs of half an hour."""
+    """A trial of two days, a teacher, and one each that runs, was interrupted, was killed; epochs of half an hour."""
     copied = copy_store(empty_uri, tmp_path)
     client = MlflowClient(tracking_uri=copied)
     done = record("K_T3B05_run1", datetime=stamp(DAY + timedelta(days=1)), stop_reason="plateau", notes="a | b\nc")
@@ -39,11 +39,13 @@ def uri(empty_uri, tmp_path) -> str:
     points = [(DAY, 1), (DAY, 2), (DAY + timedelta(days=1), 3)]
     busy = [("cpu_s", 1800.0), ("epoch_s", 7200.0)]
     client.log_batch(run, [Metric(k, v, ms(day, 10 + e), e) for day, e in points for k, v in busy])
-    for name, status, start in (("K_runs_run1", "RUNNING", DAY), ("K_cut_run1", "KILLED", DAY)):
+    for name, status in (("K_runs_run1", "RUNNING"), ("K_cut_run1", "KILLED"), ("K_gone_run1", "RUNNING")):
         tags = {PARENT_TAG: parent, "role": "trial", "task_id": "K-2", "exp_id": name, "domain": "dust3r"}
-        made = client.create_run(experiment, run_name=name, start_time=ms(start, 8), tags=tags).info.run_id
+        made = client.create_run(experiment, run_name=name, start_time=ms(DAY, 8), tags=tags).info.run_id
         client.log_param(made, "T", "5.0")
         client.log_batch(made, [Metric("cpu_s", 900.0, ms(DAY, 9), 1)])
+        if name == "K_runs_run1":
+            client.log_metric(made, "cpu_s", 360.0, step=2)  # now
         if status != "RUNNING":
             client.set_terminated(made, status)
     return copied
@@ -57,13 +59,14 @@ def rows(uri: str, day: date) -> dict[str, list[str]]:
     return {line[2].partition(" (chosen)")[0].partition(":")[0]: line for line in lines[1:]}
 
 
-def test_hours_are_those_of_the_day_and_a_running_trial_is_on_every_sheet(uri: str) -> None:
+def test_hours_are_those_of_the_day_and_a_running_trial_is_on_todays(uri: str) -> None:
     first, second, today = (rows(uri, day) for day in (DAY, DAY + timedelta(days=1), date.today()))
-    assert set(first) == {"K_teacher_run1", "K_T3B05_run1", "K_runs_run1", "K_cut_run1"}
+    assert set(first) == {"K_teacher_run1", "K_T3B05_run1", "K_runs_run1", "K_cut_run1", "K_gone_run1"}
     assert first["K_T3B05_run1"][5] == "1.000 (CPU)" and second["K_T3B05_run1"][5] == "0.500 (CPU)"
     assert set(second) == {"K_T3B05_run1"} and set(today) == {"K_runs_run1"}
     assert first["K_runs_run1"][4] == "running" and first["K_cut_run1"][4] == "interrupted"
-    assert first["K_runs_run1"][5] == "0.250 (CPU)" and today["K_runs_run1"][5] == "0.000 (CPU)"
+    assert first["K_gone_run1"][4] == "silent for days"
+    assert first["K_runs_run1"][5] == "0.250 (CPU)" and today["K_runs_run1"][5] == "0.100 (CPU)"
 
 
 def test_a_line_says_what_went_in_and_what_came_out(uri: str) -> None:
@@ -72,7 +75,7 @@ def test_a_line_says_what_went_in_and_what_came_out(uri: str) -> None:
     assert line[3] == "student.pth; drop 0.80 % [0.20, 1.40]; p50 20 ms; 7.6 MB" and line[4] == "pass"
     assert line[6].startswith("plateau; drop 0.8 %")
     shown = daily.markdown(daily.compute(uri, DAY)).splitlines()
-    assert shown[0].startswith("| 日期 | 任务ID |") and len(shown) == 2 + 4
+    assert shown[0].startswith("| 日期 | 任务ID |") and len(shown) == 2 + 5
     assert sum("a \\| b c" in line for line in shown) == 1
 
 
