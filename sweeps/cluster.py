@@ -25,6 +25,8 @@ HOW_TO_TOKEN = (
     "put the cluster's token into ~/.ray/auth_token (mode 600), or set RAY_AUTH_TOKEN_PATH to its file "
     "(`ray get-auth-token` prints it on the head)"
 )
+# Of the workers, on other hosts too: a trial without an accelerator sees none, rather than all.
+WORKERS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 # Ray reads these when it is imported. What they silence: callbacks that write files nobody reads, a
 # handler that hides Ctrl-C from the driver, a chdir that would break relative paths, and notices about
 # future versions.
@@ -35,12 +37,12 @@ ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_THRESHOLD_S": "60",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     # Ray's default of 15 starves trials beside any other program, and latency would be measured like that.
     "RAY_worker_niceness": "0",
+    **WORKERS,
 }
 
 
@@ -91,7 +93,7 @@ def connect(wanted: Wanted) -> Iterator[Cluster]:
         root = Path(__file__).resolve().parent.parent
         options |= {
             "address": address,
-            "runtime_env": {"py_modules": [str(root / package) for package in PACKAGES]},
+            "runtime_env": {"py_modules": [str(root / package) for package in PACKAGES], "env_vars": WORKERS},
         }
     # Without this Ray takes the machine's outside address in place of the one above, and listens on every interface.
     ray_constants.ENABLE_RAY_CLUSTER = address is not None

@@ -114,6 +114,24 @@ def test_address_auto_runs_a_whole_sweep_on_a_cluster_with_a_token(
     assert "T_good_run1" in out
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_trial_without_an_accelerator_sees_none(joined: bool, head: tuple[str, dict[str, str]]) -> None:
+    """Ray, left to itself, lets a task that asked for no accelerator have them all."""
+    address, env = head
+    code = f"""if True:
+        import os, ray
+        from sweeps.cluster import Wanted, connect
+        with connect(Wanted({address if joined else None!r})):
+            seen = ray.remote(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+            print(repr(ray.get(seen.remote())))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env={**env, "CUDA_VISIBLE_DEVICES": "0,1", "PYTHONPATH": str(TOY.parents[2])},
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == ["''"], done.stdout + done.stderr
+
+
 def test_a_sweep_on_this_machine_alone_disturbs_no_cluster_and_is_not_disturbed(
     head: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
