@@ -1,7 +1,8 @@
 #!/bin/sh
 # MLflow beside the head, on localhost, with a login: sh deploy/mlflow_server.sh FOLDER
 # FOLDER keeps the database and the artifacts; the environment (deploy/mlflow_env.py) has the password.
-# A second call while the server runs does nothing: after a change of the password, `fuser -k FOLDER/server.lock` first.
+# It returns when the server answers. A second call while the server runs does nothing: after a change of the password,
+# `fuser -k FOLDER/server.lock` first.
 #
 # Artifacts in a bucket instead: FOLDER/artifacts.env, mode 600, says where. The server alone reads it and passes all files
 # on, so that drivers and browsers need no key of the bucket:
@@ -33,3 +34,16 @@ nohup flock --nonblock server.lock sh -c 'python "$0" && exec mlflow server "$@"
     --backend-store-uri "sqlite:///$folder/mlflow.db" \
     --artifacts-destination "${MLFLOW_ARTIFACTS_DESTINATION:-$folder/artifacts}" \
     >> server.log 2>&1 &
+
+# Whoever types a sweep right after `ray up` shall find the server.
+mine=$!
+seconds=0
+until python -c "import urllib.request as web; web.urlopen('http://127.0.0.1:$port/health', timeout=5)" 2> /dev/null; do
+    seconds=$((seconds + 1))
+    if [ "$seconds" -gt 120 ] || { ! kill -0 "$mine" 2> /dev/null && flock --nonblock server.lock true; }; then
+        echo "no MLflow server answers on 127.0.0.1:$port; the end of $folder/server.log:" >&2
+        tail -n 20 server.log >&2
+        exit 1
+    fi
+    sleep 1
+done

@@ -40,10 +40,11 @@ def check(storage: Path) -> None:
         answered, late = ray.wait(list(refs), num_returns=len(refs), timeout=ANSWER_S)
         for ref in late:
             raise InputError(f"host {refs[ref].host} does not answer within {ANSWER_S:g} s; end its Ray or wait for it")
-        answers = [(refs[ref], _answer(ref, refs[ref])) for ref in answered]
+        asked = [(refs[ref], _answer(ref, refs[ref])) for ref in answered]
         seen = {path.name for path in folder.iterdir()}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    answers = [(node, answer) for node, answer in asked if answer]
     _same_versions(_versions(), answers)
     for node, answer in answers:
         if answer["storage"]:
@@ -58,10 +59,13 @@ def _on(node: Node) -> Any:
     return ray.remote(**options)(_look)
 
 
-def _answer(ref: Any, node: Node) -> Answer:
+def _answer(ref: Any, node: Node) -> Answer | None:
+    """None of a host that is gone: for half a minute Ray lists one that has died among the living."""
     try:
         answer: Answer = ray.get(ref)
     except ray.exceptions.RayError as error:
+        if node.node_id not in {living.node_id for living in nodes()}:
+            return None
         lines = str(getattr(error, "cause", None) or error).strip().splitlines()
         how = "install the project's pinned requirements there (constraints.txt)"
         raise InputError(f"host {node.host} cannot run the project ({lines[-1][:200]}); {how}") from None

@@ -6,8 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -38,14 +36,6 @@ def _serving(place: Path, password: str = PASSWORD) -> Iterator[tuple[str, dict[
     subprocess.run(command, env=env, check=True, start_new_session=True, stdin=subprocess.DEVNULL)
     group = 0
     try:
-        end = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert time.monotonic() < end, (place / "server.log").read_text()
-                time.sleep(0.3)
         holders = subprocess.run(["fuser", str(place / "server.lock")], capture_output=True, text=True).stdout.split()
         group = os.getpgid(int(holders[0]))
         yield f"http://127.0.0.1:{port}", env

@@ -62,6 +62,7 @@ def test_the_head_is_told_its_address_by_itself() -> None:
     own = read("deploy/on_premise.yaml")
     start = next(line for line in own["head_start_ray_commands"] if "ray start" in line)
     assert f"--node-ip-address={own['provider']['head_ip']} " in start
+    assert "RAY_enable_autoscaler_v2=0 " in start  # the second starts a worker too few
 
 
 @pytest.mark.parametrize("name", LAUNCHER)

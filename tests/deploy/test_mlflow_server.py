@@ -1,9 +1,10 @@
 """deploy/mlflow_server.sh, really started: who gets in, by which host name, and that a second call does nothing."""
 
 import base64
+import os
 import stat
 import subprocess
-import time
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -29,7 +30,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, serving: Serving) -> Iterat
         subprocess.run(
             ["sh", str(ROOT / "deploy" / "mlflow_server.sh"), str(place)], env=env, check=True, stdin=subprocess.DEVNULL
         )  # flock sends it home
-        time.sleep(1)
         log = (place / "server.log").read_text()
         assert "Address already in use" not in log and PASSWORD not in log
         assert stat.S_IMODE((place / "mlflow.db").stat().st_mode) == 0o600
@@ -75,3 +75,17 @@ def test_a_new_password_counts_from_the_next_start_on(tmp_path: Path, serving: S
     with serving(place, new) as (address, _):
         assert ask(address, PASSWORD) == 401 and ask(address, new) == 200
         assert new not in (place / "server.log").read_text()
+
+
+def test_a_server_that_cannot_start_says_so_at_once(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "mlflow.db").write_text("no database")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    env |= {"MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD, "MLFLOW_FLASK_SERVER_SECRET_KEY": "0" * 64, "MLFLOW_PORT": "0"}
+    done = subprocess.run(
+        ["sh", str(ROOT / "deploy" / "mlflow_server.sh"), str(place)], env=env, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 1 and "no MLflow server answers" in done.stderr and "not a database" in done.stderr
+    assert PASSWORD not in done.stderr

@@ -132,6 +132,30 @@ def test_a_trial_without_an_accelerator_sees_none(joined: bool, head: tuple[str,
     assert done.stdout.splitlines()[-1:] == ["''"], done.stdout + done.stderr
 
 
+def test_a_host_that_died_a_moment_ago_is_no_obstacle(tmp_path: Path) -> None:
+    """The list of hosts is older than the death of one of them."""
+    code = f"""if True:
+        from dataclasses import replace
+        from pathlib import Path
+        from sweeps.cluster import Wanted, connect
+        with connect(Wanted(None)):
+            from sweeps import hosts
+            [living] = hosts.nodes()
+            gone = replace(living, node_id="0" * 56, host="gone")
+            broken = replace(living, node_id="1" * 56, host="broken")
+            for lists in ([[living, gone], [living]], [[living, broken], [living, broken]]):
+                hosts.nodes = iter(lists).__next__
+                try:
+                    print(hosts.check(Path({str(tmp_path)!r})))
+                except ValueError as error:
+                    print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=TOY.parents[2])
+    first, second = done.stdout.splitlines()[-2:]
+    assert first == "None" and second.startswith("host broken cannot run the project"), done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_sweep_on_this_machine_alone_disturbs_no_cluster_and_is_not_disturbed(
     head: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
