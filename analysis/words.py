@@ -65,6 +65,6 @@ def measure_of(name: str, words: Words, hours: str = "gpu_hours") -> Measure:
         return Measure(name, key, f"{name}_lo", f"{name}_hi", words.time, words.per_ms, "faster", title, subject)
     if name == "gpu_hours":
         said = f"{hours.removesuffix('_hours').upper()}-hours"
-        return Measure(said, hours, "", "", "h", 1.0, "cheaper", f"{said} of training", said)
+        return Measure(said, hours, "", "", "h", 1.0, "cheaper", f"{said} of its own training", said)
     unit, what = {"size_MB": ("MB", "size on disk"), "params_M": ("M", "parameters")}[name]
     return Measure(name.partition("_")[0], name, "", "", unit, 1.0, "smaller", f"{what} ({unit})", what)

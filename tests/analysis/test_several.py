@@ -84,7 +84,7 @@ def test_of_a_campaigns_sweeps_with_one_name_the_newest_counts(uri: str) -> None
 @pytest.mark.parametrize(
     ("x", "key", "title"),
     [("p95", "t_pair_p95_ms", "p95 latency per pair (ms)"), ("size_MB", "size_MB", "size on disk (MB)"),
-     ("params_M", "params_M", "parameters (M)"), ("gpu_hours", "cpu_hours", "CPU-hours of training")],
+     ("params_M", "params_M", "parameters (M)"), ("gpu_hours", "cpu_hours", "CPU-hours of its own training")],
 )  # fmt: skip
 def test_other_costs_lie_across(fresh: Fresh, x: str, key: str, title: str) -> None:
     costs = {"size_MB": 5.0, "params_M": 2.0, "extra": {"cpu_hours": 0.25, "p95_lo": 21.0, "p95_hi": 23.0}}
