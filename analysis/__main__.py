@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from analysis.store import SweepData
 
 _EXAMPLES = """examples:
-  python -m analysis pareto --tracking-uri sqlite:///runs/mlflow.db --sweep k_grid_demo_seed42 --out pictures
-  python -m analysis pareto --tracking-uri sqlite:///runs/mlflow.db --campaign NAME --x size_MB --out pictures
-  python -m analysis effects --tracking-uri sqlite:///runs/mlflow.db --sweep aq_ablation_demo_seed42 --out effects
-  python -m analysis report --tracking-uri sqlite:///runs/mlflow.db --campaign NAME --out report
+  python -m analysis pareto --sweep k_grid_demo_seed42
+  python -m analysis pareto --campaign NAME --x size_MB
+  python -m analysis effects --sweep aq_ablation_demo_seed42
+  python -m analysis report --campaign NAME
   python -m analysis table --tracking-uri http://127.0.0.1:5000 --sweep k_grid_small_seed42 --csv verdicts.csv
-  python -m analysis daily --tracking-uri sqlite:///runs/mlflow.db --csv daily.csv
-  python -m analysis watch --tracking-uri sqlite:///runs/mlflow.db --sweep k_grid_small_seed42
+  python -m analysis daily --csv daily.csv
+  python -m analysis watch --sweep k_grid_small_seed42
   python -m analysis verify runs/dust3r_small_seed42/deliverables
 """
 
@@ -35,15 +35,16 @@ def parser() -> argparse.ArgumentParser:
     store = Parser(add_help=False)
     store.add_argument(
         "--tracking-uri",
-        required=True,
+        default="sqlite:///runs/mlflow.db",  # where a sweep logs that was not told otherwise
         metavar="URI",
-        help="sqlite:///path/mlflow.db, postgresql://... or the address of a server",
+        help="sqlite:///path/mlflow.db, postgresql://... or the address of a server (default: %(default)s)",
     )
     several = Parser(add_help=False, parents=[store])
     which = several.add_mutually_exclusive_group(required=True)
     which.add_argument("--sweep", nargs="+", metavar="NAME", default=(), help="run names (or run ids) of sweeps")
     which.add_argument("--campaign", metavar="NAME", help="all sweeps that this campaign started")
-    several.add_argument("--out", required=True, metavar="DIR", help="folder for the files, made if missing")
+    folder = "folder for the files, made if missing (default: named as the command)"
+    several.add_argument("--out", metavar="DIR", help=folder)
     commands = top.add_subparsers(dest="command", required=True)
     pareto = commands.add_parser(
         "pareto",
@@ -95,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     try:
         options = parser().parse_args(arguments)
+        if "out" in options:
+            options.out = options.out or options.command
         return commands[options.command](options) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

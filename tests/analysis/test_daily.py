@@ -3,6 +3,7 @@
 import csv
 import io
 from datetime import date, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from logged_sweep import PARENT_TAG, copy_store, log_sweep, record, teacher
@@ -97,16 +98,19 @@ def test_no_such_day(text: str) -> None:
         daily.parse_date(text)
 
 
-def test_what_cannot_be_is_one_line(uri: str, empty_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_is_one_line(
+    uri: str, empty_uri: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     cases = {
         ("--date", "2020-01-01", "--tracking-uri", uri): "nothing ran on that day; the last days with runs are 2026-",
         ("--date", "2026-13-01", "--tracking-uri", uri): "no such day",
         ("--date", "", "--tracking-uri", uri): "--date '': no such day",
         ("--day", "2026-01-01", "--tracking-uri", uri): "unrecognized arguments: --day 2026-01-01 (--help lists",
-        ("--date", "2026-01-01"): "the following arguments are required: --tracking-uri (--help lists",
+        ("--date", "2026-01-01"): "sqlite:///runs/mlflow.db: there is no database file",
         ("--tracking-uri", empty_uri): "no sweep is logged there yet",
         ("--tracking-uri", "sqlite:///nowhere.db"): "there is no database file",
     }  # fmt: skip
+    monkeypatch.chdir(tmp_path)  # without runs/, where it looks unless told otherwise
     for flags, said in cases.items():
         assert main(["daily", *flags]) == 2
         out, err = capsys.readouterr()
