@@ -136,7 +136,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 def test_no_recorded_curve_is_stopped_falsely() -> None:
     curves = bench.recorded()
-    assert len(curves) >= 24 and {c.domain for c in curves} == {"dust3r", "alphaqubit"}
+    assert len(curves) >= 31 and {c.domain for c in curves} == {"dust3r", "alphaqubit"}
     assert {c.passes for c in curves} == {True, False}
     assert all(len(c.drops) == c.evals or c.passes for c in curves)
     for slots in (1, 64):
