@@ -173,8 +173,8 @@ def _ask_stages(plan: Plan, console: Console) -> None:
         if stage.domain in asked or any(need.file for need in stage.needs):
             continue
         asked.add(stage.domain)
-        console.print(f"Asking {stage.path.name} whether it can start ...")
-        done = subprocess.run([*plan.command(stage), "--dry-run"], capture_output=True, text=True)
+        with console.status(f"asking {stage.path.name} whether it can start"):  # on a terminal alone
+            done = subprocess.run([*plan.command(stage), "--dry-run"], capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             apart = len({stage.domain for stage in plan.selected}) > 1 and "--set teacher" in said[-1]
