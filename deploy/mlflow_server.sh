@@ -20,6 +20,7 @@ export MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 umask 077
 mkdir -p "$folder"
 cd "$folder" # where basic-auth keeps its users
+folder=$(pwd)
 if [ -f artifacts.env ]; then
     set -a
     . ./artifacts.env

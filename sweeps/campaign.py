@@ -72,11 +72,10 @@ def run(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]] = PLANS
         order = take_order(argv, plans, command)
         check_reachable(order.plan.tracking_uri)
         _refuse(order)
-        if order.dry_run:
-            screen.preview(console, order.plan, order.storage)
         if not order.resume:
             _ask_stages(order.plan, console)
         if order.dry_run:
+            screen.preview(console, order.plan, order.storage)
             return 0
         return _execute(order, console)
     except (InputError, OSError) as error:
@@ -114,6 +113,7 @@ def take_order(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]],
         passed += [f"--{flag.replace('_', '-')}", value] if value else []
     passed += placement.words(placement.read_flags(given))
     passed += ["--audit", f"{given.audit:g}"] if given.audit else []
+    passed += ["--hang-after", f"{given.hang_after:g}"] if given.hang_after != flags.HANG_MIN else []
     plan = Plan(
         name=name, plan=given.plan, profile=given.profile, seed=given.seed, stages=stages,
         selected=select(stages, given.only, given.start, given.skip), folder=storage / name,

@@ -116,6 +116,17 @@ def connect(wanted: Wanted) -> Iterator[Cluster]:
             AuthenticationTokenLoader.instance().reset_cache()
 
 
+def check(wanted: Wanted) -> None:
+    """InputError for what `connect` would refuse. Where a node is waited for, only a start can tell what will come."""
+    if wanted.placement.wait_min and wanted.address:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        _check_token()
+        _check_port(wanted.address)
+    elif not wanted.placement.wait_min and (wanted.address or wanted.placement != Placement()):
+        with connect(wanted):
+            pass
+
+
 def _placed(wanted: Wanted) -> Cluster:
     """Where trials can run. Where an autoscaler has no fitting node up, asking for one makes it start one."""
     asked = wanted.placement

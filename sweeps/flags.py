@@ -12,6 +12,8 @@ from engines.errors import InputError, Parser
 from sweeps.placement import Placement, add_flags, read_flags
 from sweeps.settings import PROFILES, parse_set
 
+HANG_MIN = 120.0
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -59,6 +61,8 @@ def common(doc: str) -> argparse.ArgumentParser:
     add("--seed", type=int, default=42, help="seed of the trials (default: %(default)s)")
     share = "let this share of the trials that stop-loss would end run on, to count its false stops (default: 0)"
     add("--audit", type=float, default=0.0, metavar="SHARE", help=share)
+    hang = "without a report a trial is killed, and retried once (default: %(default)g)"
+    add("--hang-after", type=float, default=HANG_MIN, metavar="MIN", help=hang)
     return parser
 
 
@@ -76,6 +80,8 @@ def check(given: argparse.Namespace) -> None:
         raise InputError(f"--seed {given.seed}: expected 0 or more")
     if not 0 <= given.audit <= 1:
         raise InputError(f"--audit {given.audit:g}: expected a share from 0 to 1, for example 0.2")
+    if not 0 < given.hang_after < math.inf:
+        raise InputError(f"--hang-after {given.hang_after:g}: expected minutes, more than the longest epoch takes")
     if given.campaign is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", given.campaign):
         raise InputError(f"--campaign {given.campaign!r}: expected a name of letters, digits, dots, - and _")
 
@@ -94,13 +100,6 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
     add("--seeds", type=int, metavar="N", help="run every trial with N seeds from --seed on (default: the script's)")
     add("--campaign", metavar="NAME", help="the campaign that this belongs to: its folder, and a tag in MLflow")
     add("--share", type=float, default=1.0, metavar="X", help="use this part of the cluster, 0 to 1 (default: all)")
-    add(
-        "--hang-after",
-        type=float,
-        default=120.0,
-        metavar="MIN",
-        help="without a report a trial is killed, and retried once (default: %(default)g)",
-    )
     add_flags(parser)
     given = parser.parse_args(argv)
     check(given)
@@ -108,8 +107,6 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         raise InputError(f"--share {given.share}: expected a part of the cluster, above 0 and at most 1")
     if given.seeds is not None and given.seeds < 1:
         raise InputError(f"--seeds {given.seeds}: expected 1 or more")
-    if not 0 < given.hang_after < math.inf:
-        raise InputError(f"--hang-after {given.hang_after:g}: expected minutes, more than the longest epoch takes")
     return Flags(
         address=given.address,
         profile=given.profile,

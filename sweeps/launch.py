@@ -108,6 +108,7 @@ def run(sweep: Sweep, argv: Sequence[str] | None = None) -> int:
         order = take_order(sweep, argv, command)
         check_reachable(order.tracking_uri)
         if order.given.dry_run:
+            ray_cluster.check(_wanted(order))
             known = inspect(order.folder, order.given.resume, order.header)
             dry.show(order.sweep, order.planned, order.resolved, order.folder, order.given, known)
             return 0

@@ -166,6 +166,8 @@ def place(asked: Placement, nodes: Sequence[Node], share: float, needs_gpu: bool
             f"--workers-per-trial {asked.workers}: the cluster has room for {room} workers at a time; give at most that"
         )
     slots = max(1, int(room // asked.workers * share)) if asked.concurrent is None else asked.concurrent
+    if asked.latency_on is not None and not gpus:
+        raise InputError(f"--latency-on {asked.latency_on}: these trials have no accelerator; leave it out")
     latency_on = _latency_type(asked, [node for node in fitting if _room(node, gpus, cpus)]) if gpus else None
     return Cluster(slots, gpus, cpus, not gpus and asked == Placement(), asked.labels, latency_on, asked.workers)
 
@@ -183,6 +185,8 @@ def _room(node: Node, gpus: float, cpus: float) -> int:
 def _no_gpu(asked: Placement, gpus: float, nodes: Sequence[Node]) -> str:
     with_gpu = [node for node in nodes if node.offers("GPU") > 0]
     if not with_gpu:
+        if asked.gpu_memory is not None:
+            return f"--gpu-memory {asked.gpu_memory}: none of {len(nodes)} nodes has a card; add one, or leave it out"
         why = f"--gpus-per-trial {gpus:g}" if asked.gpus is not None else "this profile trains on accelerators"
         return f"{why}: none of {len(nodes)} nodes has one; add such a node, or --gpus-per-trial 0 to train on cores"
     if asked.gpu_memory is not None:

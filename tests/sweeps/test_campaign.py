@@ -256,6 +256,13 @@ def test_sigterm_ends_campaign_and_stage_in_order(tmp_path: Path) -> None:
         ("--plan all --audit 20", "--audit 20: expected a share from 0 to 1"),
         ("--plan all --seed -1", "--seed -1: expected 0 or more"),
         ("--plan all --tracking-uri nonsense", "tracking address 'nonsense'"),
+        ("--plan dust3r --profile demo --gpus-per-trial .5", "stage P0: --gpus-per-trial 0.5: none of 1 nodes has one"),
+        (
+            "--plan dust3r --profile demo --cpus-per-trial 4096 --dry-run",
+            "stage P0: --cpus-per-trial 4096: no node has so many",
+        ),
+        ("--plan dust3r --profile demo --address 127.0.0.1:1", "stage P0: --address"),
+        ("--plan all --hang-after 0", "--hang-after 0: expected minutes"),
         ("--plan dust3r --profile full", "stage P0: image_size=512x512: teacher 'shipped' takes 64x64 images; give"),
     ],
 )

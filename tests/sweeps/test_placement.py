@@ -73,6 +73,8 @@ def test_several_workers_of_a_trial_count_over_nodes() -> None:
 @pytest.mark.parametrize(
     ("asked", "nodes", "said"),
     [
+        (Placement(gpus=0, latency_on="H100"), CORES, "--latency-on H100: these trials have no accelerator"),
+        (Placement(gpu_memory=40), CORES, "--gpu-memory 40: none of 2 nodes has a card; .*leave it out"),
         (Placement(), CORES, "this profile trains on accelerators: none of 2 nodes has one; .*--gpus-per-trial 0"),
         (Placement(gpus=1), CORES, "--gpus-per-trial 1: none of 2 nodes has one"),
         (Placement(gpus=1), [node("half", 4, 0.5)], "--gpus-per-trial 1: the most is 0.5, on half"),
