@@ -70,7 +70,9 @@ def _summary(data: SweepData, sweeps: Sequence[SweepData]) -> list[Block]:
     stopped = sum(is_stop(reason) for reason in trials["stop_reason"])
     said = [
         f"{len(sweeps)} sweeps" if len(sweeps) > 1 else "One sweep",
-        f"{trials.height} trials: {counts.get('pass', 0)} pass, {counts.get('fail', 0)} fail, {stopped} stopped early",
+        f"{trials.height} trials: {counts.get('pass', 0)} pass, {counts.get('fail', 0)} fail, {stopped} stopped early"
+        if trials.height
+        else "no trials, the teacher alone",
         f"measured {times[0][:16].replace('T', ' ')} to {times[-1][:16].replace('T', ' ')}" if times else "",
     ]
     return [Text(" · ".join(part for part in said if part)), *([Items(data.notes)] if data.notes else [])]

@@ -74,8 +74,13 @@ def check(folder: Path, tracking_uri: str | None = None) -> Found:
                 problems.append(f"{NAME}: not the one that the campaign logged to MLflow (sha256 differs; {later})")
             notes += [text for text, serious in lines if not serious]
     hard = sum(bool(row.lines) for row in manifest.tasks)
-    counts = f"{len(manifest.files)} files, {len(records)} records, {hard} tasks with hard lines"
+    counts = ", ".join(_count(n, what) for n, what in ((len(manifest.files), "file"), (len(records), "record")))
+    counts += f", {_count(hard, 'task')} with hard lines"
     return Found(tuple(problems), tuple(notes), f"{manifest.campaign}: {counts}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 class _Unusable(Exception):
@@ -129,10 +134,13 @@ def _sha256(path: Path) -> str:
 def _complete(manifest: Manifest) -> Iterator[str]:
     """What the plan wants and the campaign did not make."""
     there = {file.file for file in manifest.files}
+    left_out = [row.task for row in manifest.tasks if not row.finished and not row.selected]
+    if left_out:
+        yield f"{len(left_out)} of the plan's {len(manifest.tasks)} tasks left out by choice: {', '.join(left_out)}"
     for row in manifest.tasks:
         if not row.finished:
-            why = row.detail if row.selected else "left out of the campaign"
-            yield f"{row.task}: not done ({why}); the plan wants {', '.join(row.files)}"
+            if row.selected:
+                yield f"{row.task}: not done ({row.detail}); the plan wants {', '.join(row.files)}"
         else:
             reasons = {entry.partition(" (")[0]: entry.partition(" (")[2].removesuffix(")") for entry in row.missing}
             for name in row.files:

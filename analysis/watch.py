@@ -76,14 +76,15 @@ def look(tracking_uri: str, sweep: str) -> View:
 
 def lines(view: View) -> list[str]:
     """The screen, line by line."""
+    yet = " yet" if view.status == "RUNNING" else ""
     ended = ", ".join(f"{count} {why}" for why, count in sorted(view.ended.items())) or "none"
     passed = Counter(view.verdicts.values())
-    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(passed.items())) or "none yet"
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(passed.items())) or f"none{yet}"
     left = "" if view.left_s is None else f"; those that run need at most {view.left_s / 60:.0f} min"
     said = [
         f"{view.name}: {view.status.lower()}; {len(view.running)} running, {sum(view.ended.values())} ended ({ended})",
         f"verdicts: {verdicts}; {view.hours:.2f} hours of epochs{left}",
-        f"best so far: {view.best[0]}, validation drop {100 * view.best[1]:.2f} %" if view.best else "no epoch yet",
+        f"best so far: {view.best[0]}, validation drop {100 * view.best[1]:.2f} %" if view.best else f"no epoch{yet}",
     ]
     for one in sorted(view.running, key=lambda one: one.best if one.best is not None else float("inf")):
         best = "-" if one.best is None else f"{100 * one.best:.2f} %"

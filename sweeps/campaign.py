@@ -249,6 +249,8 @@ def _collect(plan: Plan, held: Mapping[str, str]) -> deliverables.Delivered:
 
 def _with_report(plan: Plan, found: deliverables.Delivered) -> deliverables.Delivered:
     """The deliverables with the campaign's report, where it can be drawn, and both in MLflow, where it takes them."""
+    if not found.stages:  # nothing has begun: each stage said why
+        return found
     with _or_a_warning("no report"):
         found = deliverables.draw_report(found, plan.tracking_uri)
     with _or_a_warning("manifest and report are not in MLflow"):

@@ -10,10 +10,12 @@ from rich.table import Table
 
 from sweeps import hours
 from sweeps.catalogue import Stage
+from sweeps.cluster import cores
 from sweeps.conduct import Plan
 from sweeps.deliverables import Delivered
 from sweeps.launch import comparing, masked, program, shown
 from sweeps.ledger import sweeps_in
+from sweeps.progress import duration
 from sweeps.tracking import default_uri
 
 HERE = "as measured here"
@@ -48,14 +50,18 @@ def preview(console: Console, plan: Plan, storage: Path) -> None:
     origins = [origin] if sure - measured.keys() else []
     origins += [HERE] if sure & measured.keys() else []
     said = [f"{_hours((low, high), unit)} of training, {' and '.join(origins)}"] if sure else []
+    if sure and not {"--address", "--gpus-per-trial"} & set(plan.flags) and plan.profile != "full":
+        said[0] += f", at least {duration(3600 * low / cores())} on {cores()} cores, measuring not counted"
     said += [f"unknown for {', '.join(unknown)}"] if unknown else []
     done = len(plan.selected) - len(left)
     said += [f"{done} of {len(plan.selected)} stages finished"] if done else []
     console.print(f"Hours: {'; '.join(said)}", soft_wrap=True)
     place = next(place for place in (storage, *storage.parents) if place.exists())
     disk = [size for key, (_, size) in measured.items() if key in {stage.id for stage in plan.selected}]
-    took = f"; earlier runs of {len(disk)} of {len(plan.selected)} stages took {sum(disk) / 1e9:.2f} GB" if disk else ""
-    console.print(f"Disk: {shutil.disk_usage(place).free / 1e9:.1f} GB free{took}", soft_wrap=True)
+    took = "what it takes is known after a first run"
+    if disk:
+        took = f"earlier runs of {len(disk)} of {len(plan.selected)} stages took {sum(disk) / 1e9:.2f} GB"
+    console.print(f"Disk: {shutil.disk_usage(place).free / 1e9:.1f} GB free; {took}", soft_wrap=True)
     console.print(f"Folder: {plan.folder}", soft_wrap=True)
 
 
@@ -83,6 +89,8 @@ def closing(console: Console, plan: Plan, found: Delivered) -> None:
     say(f"Deliverables: {shown(found.folder)}", soft_wrap=True)
     if found.report:
         say(f"Report: {shown(found.report)}", soft_wrap=True)
+    if not found.stages:
+        return
     uri = plan.tracking_uri
     named = "" if uri == default_uri(plan.folder.parent) else f" --tracking-uri {shlex.quote(masked(uri))}"
     say(f"Check them: {program('python')} -m analysis verify {shlex.quote(shown(found.folder))}{named}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ def check(given: argparse.Namespace) -> None:
             f"--storage {given.storage}: expected a folder, as a sweep appends to, renames and locks its files; mount "
             "one on every host (NFS 4, Lustre, CephFS). A bucket can hold MLflow's artifacts: deploy/mlflow_server.sh"
         )
+    _check_storage(Path(given.storage).expanduser().absolute())
     if given.seed < 0:
         raise InputError(f"--seed {given.seed}: expected 0 or more")
     if not 0 <= given.audit <= 1:
@@ -84,6 +86,15 @@ def check(given: argparse.Namespace) -> None:
         raise InputError(f"--hang-after {given.hang_after:g}: expected minutes, more than the longest epoch takes")
     if given.campaign is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", given.campaign):
         raise InputError(f"--campaign {given.campaign!r}: expected a name of letters, digits, dots, - and _")
+
+
+def _check_storage(storage: Path) -> None:
+    """InputError for a storage in which a start could make no folder: so that a dry run tells it as well."""
+    place = next(place for place in (storage, *storage.parents) if os.path.lexists(place))
+    if not place.is_dir():
+        raise InputError(f"--storage {storage}: {place} is no folder; give a folder, it is made where it is missing")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"--storage {storage}: {place} may not be written by this user; give another folder")
 
 
 def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flags:
@@ -104,7 +115,7 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
     given = parser.parse_args(argv)
     check(given)
     if not 0 < given.share <= 1:
-        raise InputError(f"--share {given.share}: expected a part of the cluster, above 0 and at most 1")
+        raise InputError(f"--share {given.share:g}: expected a part of the cluster, above 0 and at most 1")
     if given.seeds is not None and given.seeds < 1:
         raise InputError(f"--seeds {given.seeds}: expected 1 or more")
     return Flags(
@@ -128,6 +139,8 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
 
 
 def _samples(search: str, samples: int | None, searchable: bool) -> int:
+    if samples is not None and samples < 1:
+        raise InputError(f"--samples {samples}: expected 1 or more")
     if search == "grid":
         if samples is not None:
             raise InputError(f"--samples {samples}: only --search optuna takes samples; add it or drop --samples")
@@ -136,6 +149,4 @@ def _samples(search: str, samples: int | None, searchable: bool) -> int:
         raise InputError("--search optuna: this sweep has no search space; use --search grid")
     if samples is None:
         raise InputError("--search optuna: expected --samples N, the number of trials to search")
-    if samples < 1:
-        raise InputError(f"--samples {samples}: expected 1 or more")
     return samples

@@ -155,13 +155,13 @@ class Progress:
         early = sum(trial.stop is not None and trial.stop[1] != "completed" for trial in mine)
         left = self.time_left_s()
         words = [self._phase or "starting"]
-        if self._phase == "training":
+        if self._phase == "training" and mine:
             words.append(f"{over} of {len(mine)} trials done" + (f", {early} stopped early" if early else ""))
         elif self._total:
             words.append(f"{self._done} of {self._total}" + (f" ({self._item})" if self._item else ""))
         if left is not None:
             words.append(f"about {duration(left)} left" + (" before measuring" if self._phase == "training" else ""))
-        elif self._phase == "training" or self._total:
+        elif (self._phase == "training" and mine) or self._total:
             words.append("estimating the time left")
         return ", ".join(words)
 

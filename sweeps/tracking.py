@@ -61,7 +61,7 @@ def sqlite_path(uri: str) -> Path | None:
         return None
     path = uri.removeprefix("sqlite:///").partition("?")[0]
     if not uri.startswith("sqlite:///") or not path or path == ":memory:":
-        raise InputError(f"tracking address {uri!r}: expected sqlite:///FILE")
+        raise InputError(f"--tracking-uri {uri!r}: expected sqlite:///FILE")
     return Path(path).resolve()
 
 
@@ -88,7 +88,7 @@ def check_reachable(uri: str, timeout_s: float = 5.0) -> None:
         except ValueError:
             whole = False
         if not whole:
-            raise InputError(f"tracking address {uri!r}: expected http://HOST:PORT")
+            raise InputError(f"--tracking-uri {uri!r}: expected http://HOST:PORT")
         _check_server(uri, timeout_s)
     elif kind in _PORTS:
         try:
@@ -98,7 +98,7 @@ def check_reachable(uri: str, timeout_s: float = 5.0) -> None:
             where = f"{kind}://{parts.hostname}"  # the whole address may hold a password
             raise InputError(f"{where}: no database answers ({error}); start it, or give --tracking-uri") from None
     else:
-        raise InputError(f"tracking address {uri!r}: expected {_KINDS}")
+        raise InputError(f"--tracking-uri {uri!r}: expected {_KINDS}")
 
 
 def _check_file(path: Path) -> None:

@@ -104,27 +104,31 @@ def test_workers_of_the_cloud_are_spot_gpus_with_labels_and_the_head_runs_no_tri
 
 def test_the_manifests_of_kubernetes_fit_together() -> None:
     documents = list(yaml.safe_load_all((ROOT / "deploy" / "kuberay.yaml").read_text()))
+    assert [one["kind"] for one in documents] == [*["PersistentVolumeClaim"] * 2, "NetworkPolicy", "RayCluster"]
     by_kind = {document["kind"]: document for document in documents}
-    assert list(by_kind) == ["PersistentVolumeClaim", "NetworkPolicy", "RayCluster", "RayJob"]
-    cluster, job = by_kind["RayCluster"], by_kind["RayJob"]
+    cluster, job = by_kind["RayCluster"], yaml.safe_load((ROOT / "deploy" / "kuberay_job.yaml").read_text())
+    assert job["kind"] == "RayJob"
     assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
     assert cluster["apiVersion"] == job["apiVersion"] == "ray.io/v1"
     spec = cluster["spec"]
     pinned = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned and spec["rayVersion"] == pinned[1] and spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    claim = by_kind["PersistentVolumeClaim"]
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    claims = {one["metadata"]["name"]: one["spec"]["accessModes"] for one in documents[:2]}
+    assert claims == {"shared": ["ReadWriteMany"], "mlflow": ["ReadWriteOnce"]}
     selected = by_kind["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         template = group["template"]
         assert selected.items() <= template["metadata"]["labels"].items(), "the policy passes this pod by"
         pod = template["spec"]
         volumes = {v["name"]: v for v in pod["volumes"]}
-        assert volumes["shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        assert "shared" in volumes and all(v["persistentVolumeClaim"]["claimName"] in claims for v in volumes.values())
         assert pod["securityContext"]["runAsNonRoot"]
         for container in pod["containers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes.keys()
+    mlflow = spec["headGroupSpec"]["template"]["spec"]["containers"][1]
+    assert mlflow["volumeMounts"][0]["name"] == "mlflow", "the runs would end with the pod"
+    assert f"mlflow_server.sh {mlflow['volumeMounts'][0]['mountPath']}/" in mlflow["command"][-1]
     worker = spec["workerGroupSpecs"][0]
     assert worker["minReplicas"] == 0 < worker["maxReplicas"] and worker["labels"]["gpu-memory-gb"]
     limits = worker["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -135,7 +139,7 @@ def test_the_commands_that_the_manifests_give_are_taken_by_the_scripts() -> None
     """Every sweep command in them, with its own flags, as a dry run of its parser."""
     from sweeps import flags
 
-    for name in (*LAUNCHER, "deploy/kuberay.yaml"):
+    for name in (*LAUNCHER, "deploy/kuberay_job.yaml"):
         text = re.sub(r"\s*\n#?\s*", " ", (ROOT / name).read_text())
         for found in re.findall(r"sweeps/k_grid\.py ([^.']*?)(?: \.\.\.|')", text):
             given = flags.parse("doc", found.split())
@@ -158,7 +162,7 @@ def test_the_environment_of_mlflow_is_for_a_shell_to_read(tmp_path: Path) -> Non
         assert not bad or bad not in done.stderr, "the refusal shows the password"
 
 
-@pytest.mark.parametrize("name", [*LAUNCHER, "deploy/kuberay.yaml", "README.md"])
+@pytest.mark.parametrize("name", [*LAUNCHER, "deploy/kuberay_job.yaml", "README.md"])
 def test_the_sweeps_that_are_started_take_the_flags_that_they_are_given(name: str) -> None:
     text = (ROOT / name).read_text().replace("\\\n", " ")
     commands = re.findall(r"python (?:/\S+/)?sweeps/k_grid\.py([^'`\n#|]*)", text)

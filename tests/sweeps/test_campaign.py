@@ -234,6 +234,16 @@ def test_sigterm_ends_campaign_and_stage_in_order(tmp_path: Path) -> None:
     assert events == ["campaign", "selected", "start", "exit", "end"]
 
 
+def test_a_campaign_of_which_nothing_began_says_why_and_no_more(tmp_path: Path) -> None:
+    toys = Toys(tmp_path)
+    late = 'import sys\n\nif "--dry-run" not in sys.argv:\n    sys.exit("error: refused at its start")\n'
+    (toys.scripts / "first.py").write_text(late)
+    code, out, err = toys.finish(toys.start("--only", "A"))
+    assert code == 1 and err == "error: refused at its start\n"
+    assert "A: ended with exit code 1 before it was complete" in out and "not run" in out
+    assert "Check them" not in out and "Compare" not in out and "Report" not in out
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -255,7 +265,7 @@ def test_sigterm_ends_campaign_and_stage_in_order(tmp_path: Path) -> None:
         ("--plan all --campaign ../x", "--campaign '../x': expected a name"),
         ("--plan all --audit 20", "--audit 20: expected a share from 0 to 1"),
         ("--plan all --seed -1", "--seed -1: expected 0 or more"),
-        ("--plan all --tracking-uri nonsense", "tracking address 'nonsense'"),
+        ("--plan all --tracking-uri nonsense", "--tracking-uri 'nonsense': expected"),
         ("--plan dust3r --profile demo --gpus-per-trial .5", "stage P0: --gpus-per-trial 0.5: none of 1 nodes has one"),
         (
             "--plan dust3r --profile demo --cpus-per-trial 4096 --dry-run",

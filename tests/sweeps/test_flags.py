@@ -31,6 +31,10 @@ def test_everything_given() -> None:
         (["--search", "optuna", "--samples", "many"], "many"),
         (["--search", "optuna"], "expected --samples N"),
         (["--samples", "5"], "only --search optuna"),
+        (["--samples", "-5"], "--samples -5: expected 1 or more"),
+        (["--share", "2"], "--share 2: expected a part of the cluster"),
+        (["--storage", "/dev/null"], "--storage /dev/null: /dev/null is no folder"),
+        (["--storage", "/dev/null/runs"], "--storage /dev/null/runs: /dev/null is no folder"),
         (["--search", "random"], "random"),
         (["--profile", "huge"], "huge"),
         (["--seed", "-1"], "--seed -1"),
@@ -49,6 +53,12 @@ def test_bad_flags_end_in_one_line(argv: list[str], said: str) -> None:
     with pytest.raises(InputError) as caught:
         parse(DOC, argv)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_storage_that_may_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(InputError, match=f"--storage {tmp_path}/a/b: {tmp_path} may not be written"):
+        parse(DOC, ["--storage", str(tmp_path / "a" / "b")])
 
 
 def test_search_needs_a_space() -> None:

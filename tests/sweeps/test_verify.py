@@ -185,6 +185,17 @@ def test_a_missed_line_is_a_problem_but_for_the_demo(tmp_path: Path, template) -
         assert (found.problems, found.notes) == ((said, unlogged) if profile == "small" else ((), (*unlogged, *said)))
 
 
+def test_what_was_left_out_by_choice_is_one_problem(copy: Path) -> None:
+    def change(data: dict) -> None:
+        for row in data["tasks"]:
+            row.update({"finished": False, "selected": row["stage"] != "K"})
+
+    edited(copy, change)
+    found = verify.check(copy).problems
+    assert "3 of the plan's 4 tasks left out by choice: K-1, K-2, K-4" in found
+    assert [one.partition(":")[0] for one in found if "not done" in one] == ["KQ-1"]
+
+
 def other_database(folder: Path) -> None:
     (folder.parents[1] / "mlflow.db").unlink()
     with sqlite3.connect(folder.parents[1] / "mlflow.db") as db:
