@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from datetime import date as Date
 from datetime import datetime as Datetime
 from typing import Any
 
+from analysis.frames import record_of
 from analysis.readers import Run, logged_in, open_store
 from analysis.words import words_of
 from trainables.record import InputError
 
 COLUMNS = ("日期", "任务ID", "输入/配置", "产出", "判定", "GPUh", "备注")
-_ACTIVITY = ("val_drop", "epoch_s", "cpu_s", "workers")  # every epoch logs one of the first three
+_ACTIVITY = ("val_drop", "epoch_s", "cpu_s", "workers", "gpus")  # every epoch logs one of the first three
 _CONFIG = ("T", "beta", "gamma", "rho", "bits_w", "bits_a", "keep_list", "seed")
 _SILENT_MS = 2 * 24 * 3600 * 1000
 _SAID = {"RUNNING": "running", "SILENT": "silent for days", "KILLED": "interrupted", "FAILED": "failed"}
@@ -70,13 +70,12 @@ def compute(tracking_uri: str, day: Date) -> Sheet:
             points: dict[str, list[tuple[str, int, int, float]]] = {run.run_id: [] for run in runs}
             for run_id, key, step, time, value in store.metrics([parent.run_id], _ACTIVITY):
                 points[run_id].append((key, step, time, value))
-            records = {run.run_id: _record(run) for run in runs}
-            gpu = any(record.get("gpu_hours") is not None for record in records.values())
+            records = {run.run_id: record_of(run) or {} for run in runs}
             for run in runs:
                 active = _days(run, records[run.run_id], points[run.run_id])
                 days |= active
                 if day in active:
-                    spent = _hours(points[run.run_id], day, gpu)
+                    spent, gpu = _hours(points[run.run_id], day)
                     said = replace(run, status="SILENT") if _silent(run, points[run.run_id]) else run
                     found.append((run.start_ms, _entry(day, parent, said, records[run.run_id], spent, gpu)))
     if not found:
@@ -103,16 +102,6 @@ def csv_text(sheet: Sheet) -> str:
     return "\ufeff" + text.getvalue()
 
 
-def _record(run: Run) -> dict[str, Any]:
-    try:
-        record = json.loads(run.tags.get("record", "{}"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise InputError(f"run {run.run_id} ({run.name}): its tag 'record' is not a record; was it edited by hand?")
-    return record
-
-
 def _days(run: Run, record: Mapping[str, Any], points: Sequence[tuple[str, int, int, float]]) -> set[Date]:
     days = {_day(time) for _, _, time, _ in points}
     if record.get("datetime"):
@@ -131,14 +120,17 @@ def _day(ms: int) -> Date:
     return Datetime.fromtimestamp(ms / 1000).date()
 
 
-def _hours(points: Sequence[tuple[str, int, int, float]], day: Date, gpu: bool) -> float:
-    """Of the clock on the accelerators of all workers, else of the CPU: as in the records."""
+def _hours(points: Sequence[tuple[str, int, int, float]], day: Date) -> tuple[float, bool]:
+    """As in the records: by the clock of as many accelerators as an epoch had, else of the CPU; and which it is."""
     spent: dict[str, dict[int, float]] = {key: {} for key in _ACTIVITY}
     for key, step, time, value in points:
         if _day(time) == day:
             spent[key][step] = value
+    gpu = any(key == "gpus" for key, *_ in points)
+    if gpu:
+        return sum(spent["epoch_s"].get(step, 0.0) * cards for step, cards in spent["gpus"].items()) / 3600, gpu
     clock = sum(seconds * spent["workers"].get(step, 1) for step, seconds in spent["epoch_s"].items())
-    return (clock if gpu or not spent["cpu_s"] else sum(spent["cpu_s"].values())) / 3600
+    return (sum(spent["cpu_s"].values()) if spent["cpu_s"] else clock) / 3600, gpu
 
 
 def _entry(day: Date, parent: Run, run: Run, record: Mapping[str, Any], hours: float, gpu: bool) -> Entry:

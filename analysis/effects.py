@@ -96,21 +96,22 @@ def contrast(wanted: Contrast, tables: Mapping[str, ArrayLike]) -> Effect:
         freedom = variance**2 / (of_seeds**2 / (seeds - 1) + of_samples**2 / (samples - 1))
         half = float(stats.t.ppf((1 + LEVEL) / 2, max(freedom, 1.0))) * math.sqrt(variance)
         # Part of the spread over samples is the residual's: more seeds average it out.
-        enough = _enough(value, half, of_seeds * seeds, max(of_samples - of_rest, 0.0))
+        enough = _enough(value, half, seeds, of_seeds * seeds, max(of_samples - of_rest, 0.0))
     return Effect(
         wanted.name, wanted.unit, value, value - half, value + half, tuple(map(float, by_seed)), samples, enough,
         wanted.kind, dict(wanted.weights),
     )  # fmt: skip
 
 
-def _enough(value: float, half: float, per_seed: float, of_samples: float) -> int | None:
-    """Seeds at which an effect of this size would be resolved with a probability of ``POWER``; None where it is
-    resolved, 0 where not even ``MOST_SEEDS`` would do it.
+def _enough(value: float, half: float, had: int, per_seed: float, of_samples: float) -> int | None:
+    """Seeds, more than it had, at which an effect of this size would be resolved with a probability of ``POWER``; None
+    where it is resolved, 0 where not even ``MOST_SEEDS`` would do it.
     """
     if half < abs(value):
         return None
     seeds = np.arange(3, MOST_SEEDS + 1)
     enough = _quantiles() * np.sqrt(per_seed / seeds + of_samples) < abs(value)
+    enough &= seeds > had
     return int(seeds[enough.argmax()]) if enough.any() else 0
 
 
@@ -180,7 +181,7 @@ def over_seeds(wanted: Contrast, tables: Mapping[str, Mapping[int, float]]) -> E
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(seeds) - 1)) * math.sqrt(per_seed / len(seeds))
     return Effect(
         wanted.name, wanted.unit, value, value - half, value + half, tuple(map(float, change)), 0,
-        _enough(value, half, per_seed, 0.0), wanted.kind, dict(wanted.weights),
+        _enough(value, half, len(seeds), per_seed, 0.0), wanted.kind, dict(wanted.weights),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ several seeds the records give one error per arm and seed, and the effects come 
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -166,14 +167,27 @@ def _by_seeds(data: SweepData, params: Mapping[str, Mapping[str, str]]) -> list[
     trials = data.trials.filter((pl.col("role") == "trial") & pl.col("drop").is_finite() & pl.col("seed").is_not_null())
     tables: dict[str, dict[int, float]] = {}
     arms: dict[str, dict[str, str]] = {}
-    for run, combo, seed, drop in trials.select("run_id", "combo", "seed", "drop").iter_rows():
+    twice: list[str] = []
+    rows = trials.select("run_id", "exp_id", "combo", "seed", "drop").rows()
+    # A combo does not name an arm alone: a schedule has that of the weight it starts from.
+    stems = {run: re.sub(r"_run\d+$", "", name) for run, name, *_ in rows}
+    named: dict[str, set[str]] = {}
+    for run, _, combo, *_ in rows:
+        named.setdefault(combo, set()).add(stems[run])
+    for run, _, combo, seed, drop in rows:
+        arm = stems[run] if len(named[combo]) > 1 else str(combo)
+        if seed in tables.get(arm, {}):
+            twice.append(f"{arm} has two trials of seed {seed}: they are not compared")
+            continue
         # The error in units of the reference's, for a metric of which less is better.
-        tables.setdefault(str(combo), {})[int(seed)] = 1 + drop
+        tables.setdefault(arm, {})[int(seed)] = 1 + drop
         own = params.get(run, {})
-        arms[str(combo)] = {key: own[key] for key in own if key not in ("combo", "seed")}
+        arms[arm] = {key: own[key] for key in own if key not in ("combo", "seed")}
+    for arm in {said.partition(" has two ")[0] for said in twice}:
+        del tables[arm], arms[arm]
     if len(tables) < 2 or max(map(len, tables.values())) < 2:
         return []
-    effects, why = [], []
+    effects, why = [], [*twice]
     for wanted in contrasts(arms)[:_OF_ARMS]:
         try:
             effects.append(over_seeds(wanted, tables))

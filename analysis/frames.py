@@ -19,6 +19,7 @@ _TEXT_COLUMNS = {
     *("config_hash", "git_commit", "parent"),
 }
 _NAMED = {*FIELDS, *EXTRAS}
+_NUMBERS = ("drop", "drop_lo", "drop_hi", "t_pair_p50_ms", "t_pair_p95_ms", "size_MB", "params_M", "gpu_hours", "seed")
 _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _AT_ONCE = 5000  # rows held as Python objects: a frame of 100,000 would take gigabytes on the way
 
@@ -41,8 +42,8 @@ def trial_frame(runs: Iterable[Run], sweeps: Sequence[Run] = ()) -> pl.DataFrame
             rows = []
     pieces.append((len(rows), _columns(rows)))
     names = dict.fromkeys((*RUN_COLUMNS, *FIELDS, *EXTRAS))
-    for _, piece in pieces:
-        names.update(dict.fromkeys(piece))
+    # In an order of their own: stores hand runs out in different ones.
+    names.update(dict.fromkeys(sorted({name for _, piece in pieces for name in piece})))
     frame = pl.DataFrame([_joined(name, pieces) for name in names])
     return frame[sorted(range(len(places)), key=places.__getitem__)] if places else frame
 
@@ -90,6 +91,27 @@ class Row(Mapping[str, Any]):
         return self._frame.width
 
 
+def record_of(run: Run) -> dict[str, Any] | None:
+    """The record in a run's tag, None where there is none yet; InputError for what was edited into something else."""
+    text = run.tags.get("record")
+    if text is None:
+        return None
+    try:
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            raise ValueError("not a JSON object")
+        for key in _NUMBERS:
+            value = record.get(key)
+            if value not in (None, *_NONFINITE) and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{key} is {value!r}, expected a number")
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"run {run.run_id} ({run.name}): its tag 'record' is not a record ({error}); "
+            "was it written or edited by something else?"
+        ) from None
+    return record
+
+
 def _row(run: Run, sweep: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "run_id": run.run_id,
@@ -99,22 +121,13 @@ def _row(run: Run, sweep: str) -> dict[str, Any]:
         "sweep": sweep or None,
         "sweep_run": run.parent or None,
     }
-    text = run.tags.get("record")
-    if text is None:
+    record = record_of(run)
+    if record is None:
         known = {**run.params, **run.tags}
         # Its parameter `epochs` says how many it may run, the column how many were: see `with_epochs`.
         row.update({name: known[name] for name in (*FIELDS, *EXTRAS) if name in known and name != "epochs"})
         row.setdefault("exp_id", run.name)
         return row
-    try:
-        record = json.loads(text)
-        if not isinstance(record, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise InputError(
-            f"run {run.run_id} ({run.name}): its tag 'record' is not a record ({error}); "
-            "was it written or edited by something else?"
-        ) from None
     return {**record, **row}
 
 

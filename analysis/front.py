@@ -3,9 +3,11 @@
 Less is better on both axes. The exact parts (dominance, hypervolume) are moocore's.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from statistics import NormalDist
 
 import moocore
@@ -158,7 +160,7 @@ def hypervolume(front: Sequence[Vertex], reference: Vertex | None) -> float | No
 
 def history(points: Sequence[Point], reference: Vertex | None) -> tuple[Moment, ...]:
     """The front after every trial that moved it, in the order of their records' times; stopped ones take no part."""
-    able = sorted((p for p in points if p.kind != "stopped"), key=lambda p: p.when)
+    able = sorted((p for p in points if p.kind != "stopped"), key=lambda p: instant(p.when))
     front: list[Vertex] = []
     moments = []
     for count, point in enumerate(able, 1):
@@ -172,6 +174,14 @@ def history(points: Sequence[Point], reference: Vertex | None) -> tuple[Moment, 
         front[at:beaten] = [new]
         moments.append(Moment(count, point.when, point.exp_id, hypervolume(front, reference) or 0.0, tuple(front)))
     return tuple(moments)
+
+
+def instant(when: str) -> float:
+    """A record's time in seconds: as text, times of different offsets (a change of clocks) would be in disorder."""
+    try:
+        return datetime.fromisoformat(when).timestamp()
+    except ValueError:
+        return math.inf
 
 
 def vertices(front: Sequence[Point]) -> list[Vertex]:

@@ -69,10 +69,13 @@ class Row(_Part):
 
 
 class Manifest(_Part):
-    """The whole. written: ISO 8601 with an offset."""
+    """The whole. written: ISO 8601 with an offset. began: the tag `campaign_began` of its sweeps in MLflow, as others
+    may have the same name; "" in folders from before there was one.
+    """
 
     format: int = Field(ge=FORMAT, le=FORMAT)
     campaign: str
+    began: str = ""
     plan: str
     profile: str
     seed: int

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from math import copysign, inf, nan
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -252,7 +253,10 @@ def _postgresql(uri: str) -> Iterator[SqlStore]:
 
 def without_password(uri: str) -> str:
     """The address as it may be shown."""
-    secret = urlsplit(uri).password
+    try:
+        secret = urlsplit(uri).password
+    except ValueError as error:
+        raise InputError(f"--tracking-uri {uri.rpartition('@')[2]}: no address ({first_line(error)})") from None
     return uri.replace(f":{secret}@", ":***@") if secret else uri
 
 
@@ -334,7 +338,7 @@ def _client(uri: str) -> ClientStore:
             urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5).close()
         except urllib.error.HTTPError:
             pass  # it answered; whether it lets us in is the client's business
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise InputError(
                 f"--tracking-uri {without_password(uri)}: no MLflow server answers there ({first_line(error)}); "
                 "is it running, and the address right?"

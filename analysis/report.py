@@ -14,6 +14,7 @@ from analysis import curves, findings, pareto, picture, style, table
 from analysis.blocks import Block, Heading, Items, Picture, Table, Text, to_html, to_markdown
 from analysis.captions import gate_of
 from analysis.frames import rows_of
+from analysis.front import instant
 from analysis.manifest import NAME, Manifest
 from analysis.pareto import Pareto
 from analysis.points import RATIO, is_stop
@@ -66,7 +67,7 @@ def _summary(data: SweepData, sweeps: Sequence[SweepData]) -> list[Block]:
     """How much was run, and a line per sweep."""
     trials = data.trials.filter(pl.col("role") != "teacher")
     counts = dict(trials["verdict"].value_counts().iter_rows())
-    times = sorted(time for time in data.trials["datetime"] if time)
+    times = sorted((time for time in data.trials["datetime"] if time), key=instant)
     stopped = sum(is_stop(reason) for reason in trials["stop_reason"])
     said = [
         f"{len(sweeps)} sweeps" if len(sweeps) > 1 else "One sweep",
@@ -81,11 +82,16 @@ def _summary(data: SweepData, sweeps: Sequence[SweepData]) -> list[Block]:
 def _tasks(data: SweepData, folder: Path) -> list[Block]:
     """What the plan asked for and what became of it, what was never run included."""
     manifest = Manifest.read(folder / NAME)
-    strangers = [sweep.name for sweep in data.sweeps if sweep.tags.get("campaign") != manifest.campaign]
+    own = (manifest.campaign, manifest.began)
+    strangers = [
+        one.name
+        for one in data.sweeps
+        if (one.tags.get("campaign"), one.tags.get("campaign_began", manifest.began)) != own
+    ]
     if strangers:
         raise InputError(
-            f"--deliverables {folder}: of campaign {manifest.campaign}, to which {strangers[0]} does not belong; "
-            f"give --campaign {manifest.campaign}"
+            f"--deliverables {folder}: of a campaign {manifest.campaign} to which {strangers[0]} of this store "
+            f"does not belong; give --campaign {manifest.campaign}, and its own --deliverables and store"
         )
     chosen = [row for row in manifest.tasks if row.selected or row.finished]  # of an earlier start of the campaign too
     rows = [(row.task, row.title, row.verdict if row.finished else "not run", row.detail) for row in chosen]

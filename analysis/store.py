@@ -10,7 +10,7 @@ from analysis.frames import curve_frame, trial_frame, with_epochs
 from analysis.readers import Run, Store, logged_in, open_store, without_password
 from trainables.record import InputError
 
-CAMPAIGN_TAG = "campaign"
+CAMPAIGN_TAG, BEGAN_TAG = "campaign", "campaign_began"
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,11 @@ def load_all(
     tracking_uri: str,
     sweeps: Sequence[str] = (),
     campaign: str | None = None,
+    began: str = "",
     curve_keys: Sequence[str] = ("val_drop",),
 ) -> SweepData:
-    """Read sweeps by name (also by run id or sweep id), or all that a campaign started; of equal names the newest.
+    """Read sweeps by name (also by run id or sweep id), or all that a campaign started; of equal names the newest, of
+    campaigns the one that began then (its sweeps' tag `campaign_began`), where that is given.
 
     Raises InputError, in one line, for an unknown sweep or campaign (listing the known), an empty or missing store, and
     a store that is locked, unreachable or not MLflow's.
@@ -96,7 +98,7 @@ def load_all(
         logged = logged_in(store, tracking_uri)
         notes: list[str] = []
         if campaign is not None:
-            found = _of_campaign(logged, campaign, tracking_uri)
+            found, notes = _of_campaign(logged, campaign, began, tracking_uri)
         else:
             found, notes = _named(logged, sweeps, tracking_uri)
         return _read(store, found, [*notes, *_unfinished(found)], campaign, curve_keys)
@@ -131,17 +133,23 @@ def _named(logged: Sequence[Run], sweeps: Sequence[str], uri: str) -> tuple[list
     return list(chosen.values()), notes
 
 
-def _of_campaign(logged: Sequence[Run], campaign: str, uri: str) -> list[Run]:
-    """A campaign's sweeps in the order of their start, of each name the newest."""
+def _of_campaign(logged: Sequence[Run], campaign: str, began: str, uri: str) -> tuple[list[Run], list[str]]:
+    """A campaign's sweeps in the order of their start, of each name the newest; and a note where the name is another's
+    too.
+    """
+    named = [run for run in logged if run.tags.get(CAMPAIGN_TAG) == campaign]
+    began = began or next((at for run in named if (at := run.tags.get(BEGAN_TAG))), "")
+    mine = [run for run in named if run.tags.get(BEGAN_TAG, began) == began]
     newest: dict[str, Run] = {}
-    for run in logged:
-        if run.tags.get(CAMPAIGN_TAG) == campaign:
-            newest.setdefault(run.name, run)
+    for run in mine:
+        newest.setdefault(run.name, run)
     if not newest:
         known = _listed(name for run in logged if (name := run.tags.get(CAMPAIGN_TAG)))
         there = f"known: {known}" if known else "no campaign is logged there; name sweeps with --sweep"
         raise InputError(f"--campaign {campaign!r} is not in {without_password(uri)}; {there}")
-    return sorted(newest.values(), key=lambda run: run.start_ms)
+    others = len(named) - len(mine)
+    notes = [f"{others} sweeps of another campaign named {campaign!r} are left out"] if others else []
+    return sorted(newest.values(), key=lambda run: run.start_ms), notes
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -196,7 +196,9 @@ def _workload(folder: Path, manifest: Manifest, records: Mapping[str, Record]) -
 
 def _same_as_mlflow(store: Store, manifest: Manifest, records: Mapping[str, Record]) -> Iterator[str]:
     """Each row of the table is the run's record and metrics, and each record of the campaign is in the table."""
-    parents = [run for run in store.sweeps() if run.tags.get("campaign") == manifest.campaign]
+    named = [run for run in store.sweeps() if run.tags.get("campaign") == manifest.campaign]
+    began = manifest.began
+    parents = [run for run in named if not began or run.tags.get("campaign_began", began) == began]
     if not parents:
         raise InputError(
             f"campaign {manifest.campaign!r} is not in this MLflow store; name the one it was logged to with "

@@ -254,6 +254,8 @@ def main(arguments: list[str] | None) -> None:
     for name in ("sweeps", "size"):
         if getattr(given, name) < 1:
             raise InputError(f"--{name} {getattr(given, name)}: expected 1 or more")
+    if given.seed < 0:
+        raise InputError(f"--seed {given.seed}: expected 0 or more")
     if min(given.slots) < 1:
         raise InputError(f"--slots {min(given.slots)}: expected 1 or more")
     if given.record:

@@ -35,7 +35,7 @@ from sweeps import campaign_run, deliverables, flags, placement
 from sweeps import campaign_screen as screen
 from sweeps.catalogue import PLANS, Stage, select
 from sweeps.conduct import Conductor, Plan
-from sweeps.journal import CAMPAIGN, Journal, read_events
+from sweeps.journal import CAMPAIGN, NAME, Journal, read_events
 from sweeps.launch import git_commit, masked, program
 from sweeps.settings import parse_set, resolve
 from sweeps.tracking import check_reachable, default_uri
@@ -240,11 +240,34 @@ def _execute(order: Order, console: Console) -> int:
 
 
 def _collect(plan: Plan, held: Mapping[str, str]) -> deliverables.Delivered:
+    return deliverables.write(plan, _walls(plan), held)
+
+
+def _walls(plan: Plan) -> dict[str, float]:
+    """Seconds by the clock of each stage, of all its starts. Where the campaign was killed nobody saw a stage end: it
+    lasted until a later campaign, which waited for it, did; else until the last event of its own journal.
+    """
     wall_s: dict[str, float] = {}
+    began: dict[str, float] = {}  # starts that have no end yet
     for event in read_events(plan.folder / CAMPAIGN):
-        if event["event"] == "exit":
-            wall_s[event["stage"]] = wall_s.get(event["stage"], 0.0) + event["wall_s"]
-    return deliverables.write(plan, wall_s, held)
+        if event["event"] not in ("start", "exit"):
+            continue
+        stage, took = event["stage"], event.get("wall_s", 0.0)
+        since = began.pop(stage, None)
+        if event["event"] == "start":
+            began[stage] = event["t"]
+            took = 0.0 if since is None else _heard(plan, stage, event["t"]) - since
+        elif event["code"] is None and since is not None:
+            took = event["t"] - since
+        wall_s[stage] = wall_s.get(stage, 0.0) + max(took, 0.0)
+    return {stage: seconds for stage, seconds in wall_s.items() if seconds}
+
+
+def _heard(plan: Plan, stage: str, before: float) -> float:
+    """When the stage's journal was last written before then; 0 where it was not."""
+    path = plan.sweep_folder(next(one for one in plan.stages if one.id == stage)) / NAME
+    times = [event["t"] for event in read_events(path)] if path.is_file() else []
+    return max((t for t in times if t < before), default=0.0)
 
 
 def _with_report(plan: Plan, found: deliverables.Delivered) -> deliverables.Delivered:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from analysis.manifest import CAMPAIGN_ROLE, MANIFEST_TAG, NAME, REPORT
 from sweeps.conduct import Plan
 from sweeps.deliverables import Delivered
-from sweeps.journal import CAMPAIGN, read_events
+from sweeps.journal import campaign_began
 from sweeps.tracking import ENVIRONMENT, EXPERIMENT
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ def _run(client: "MlflowClient", plan: Plan) -> str:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         raise ValueError(f"no experiment {EXPERIMENT} in it")
-    began = next(read_events(plan.folder / CAMPAIGN))["t"]
-    tags = {"role": CAMPAIGN_ROLE, "campaign": plan.name, "profile": plan.profile, "began": f"{began:.6f}"}
+    began = campaign_began(plan.folder)
+    tags = {"role": CAMPAIGN_ROLE, "campaign": plan.name, "profile": plan.profile, "began": began}
     query = " and ".join(f"tags.{key} = '{value}'" for key, value in tags.items())
     for run in client.search_runs([experiment.experiment_id], query, max_results=1):
         return str(run.info.run_id)

@@ -1,8 +1,11 @@
 """What a campaign shows: the plan before it starts, and what became of it at the end."""
 
+import itertools
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +19,7 @@ from sweeps.deliverables import Delivered
 from sweeps.launch import comparing, masked, program, shown
 from sweeps.ledger import sweeps_in
 from sweeps.progress import duration
+from sweeps.settings import parse_set
 from sweeps.tracking import default_uri
 
 HERE = "as measured here"
@@ -50,7 +54,8 @@ def preview(console: Console, plan: Plan, storage: Path) -> None:
     origins = [origin] if sure - measured.keys() else []
     origins += [HERE] if sure & measured.keys() else []
     said = [f"{_hours((low, high), unit)} of training, {' and '.join(origins)}"] if sure else []
-    if sure and not {"--address", "--gpus-per-trial"} & set(plan.flags) and plan.profile != "full":
+    settled = not plan.overrides or origin not in origins  # with --set, hours of the default say little
+    if sure and settled and plan.profile != "full" and not {"--address", "--gpus-per-trial"} & set(plan.flags):
         said[0] += f", at least {duration(3600 * low / cores())} on {cores()} cores, measuring not counted"
     said += [f"unknown for {', '.join(unknown)}"] if unknown else []
     done = len(plan.selected) - len(left)
@@ -108,7 +113,7 @@ def _measured(plan: Plan, storage: Path) -> dict[str, tuple[float, int]]:
     for folder, state in sweeps_in(storage):
         stage = names.get(folder.name.partition(f"_{plan.profile}_seed")[0])
         began = float(state.header.get("t", 0))
-        if not stage or state.ended != "finished" or "optuna" in folder.name:
+        if not stage or state.ended != "finished" or "optuna" in folder.name or not _alike(plan, stage, state.header):
             continue
         if began >= newest.get(stage.id, (0.0, 0.0, 0))[0]:
             took = sum(row.hours for row in hours.of_trials(stage.id, state))
@@ -116,9 +121,20 @@ def _measured(plan: Plan, storage: Path) -> dict[str, tuple[float, int]]:
     return {key: (took, size) for key, (_, took, size) in newest.items()}
 
 
+def _alike(plan: Plan, stage: Stage, header: Mapping[str, Any]) -> bool:
+    """Whether an earlier sweep of the stage was told the same: of other epochs or seeds it says little."""
+    words = shlex.split(str(header.get("command", "")))
+    told = parse_set([word for flag, word in itertools.pairwise(words) if flag == "--set"])
+    given = parse_set([text for key, text in plan.overrides.items() if stage.knows(key)])
+    filled = {need.setting for need in stage.needs}
+    same = {key: value for key, value in told.items() if key not in filled} == given
+    return same and "seeds" not in header.get("settings", {})
+
+
 def _unit(plan: Plan) -> tuple[str, str]:
     """Of the catalogue's hours: what they are, and where from."""
-    return ("GPU-hours", "the plan's") if plan.profile == "full" else ("CPU-hours", "as once taken")
+    taken = "as once taken" + (" without --set" if plan.overrides else "")
+    return ("GPU-hours", "the plan's") if plan.profile == "full" else ("CPU-hours", taken)
 
 
 def _hours(estimated: tuple[float, float] | None, unit: str) -> str:

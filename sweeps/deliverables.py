@@ -21,6 +21,7 @@ from sweeps import hours
 from sweeps.catalogue import Stage
 from sweeps.conduct import Plan
 from sweeps.hours import Account, TrialHours
+from sweeps.journal import campaign_began
 from sweeps.launch import git_commit
 from sweeps.outcome import Outcome
 from trainables.record import Record, now, write_csv
@@ -65,7 +66,8 @@ def write(plan: Plan, wall_s: Mapping[str, float], held: Mapping[str, str]) -> D
     files += [_described(folder / name) for name in (TABLE, *LEDGER)]
     chosen = {stage.id for stage in plan.selected}
     manifest = Manifest(
-        format=FORMAT, campaign=plan.name, plan=plan.plan, profile=plan.profile, seed=plan.seed,
+        format=FORMAT, campaign=plan.name, began=campaign_began(plan.folder), plan=plan.plan,
+        profile=plan.profile, seed=plan.seed,
         git_commit=git_commit(), written=now(), files=tuple(files),
         tasks=tuple(row for outcome in outcomes for row in _rows(outcome, runs, outcome.stage.id in chosen, held)),
     )  # fmt: skip
@@ -86,7 +88,7 @@ def draw_report(found: Delivered, tracking_uri: str) -> Delivered:
     folder = found.folder
     # Drawn elsewhere, so that a failure leaves nothing in the folder; on the same disk, so that moving is renaming.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".report") as place:
-        data = store.load_all(tracking_uri, campaign=found.manifest.campaign)
+        data = store.load_all(tracking_uri, campaign=found.manifest.campaign, began=found.manifest.began)
         page, *_ = report.run(data, tracking_uri, place, str(folder))
         if (folder / REPORT).is_symlink():
             raise InputError(f"{folder / REPORT}: a link; remove it, the report lies in a folder of its own")

@@ -66,36 +66,37 @@ class Account:
         return f"{said}. {self.audit.sentence}" if self.audit else said
 
 
-def of_epoch(metrics: Mapping[str, float], on_gpu: bool) -> float:
-    """Hours that one epoch took: by the clock on each worker's accelerator, else of all workers' CPU; 0 where it does
-    not say.
+def of_epoch(metrics: Mapping[str, float]) -> float:
+    """Hours that one epoch took: by the clock of as many accelerators as it had (half a card counts half), else of all
+    workers' CPU; 0 where it does not say.
     """
-    clock = metrics.get("epoch_s", math.nan) * metrics.get("workers", 1)
-    seconds = clock if on_gpu else metrics.get("cpu_s", clock)
+    clock = metrics.get("epoch_s", math.nan)
+    seconds = clock * metrics["gpus"] if "gpus" in metrics else metrics.get("cpu_s", clock * metrics.get("workers", 1))
     return seconds / 3600 if math.isfinite(seconds) else 0.0
 
 
-def trained(trial: TrialState, on_gpu: bool) -> float:
-    """Hours that the trial's epochs took."""
-    return sum(of_epoch(metrics, on_gpu) for _, metrics in trial.results)
+def on_gpu(trial: TrialState) -> bool:
+    """Whether the trial trained on accelerators; hours on a CPU, before or after a resume elsewhere, do not count."""
+    return any("gpus" in metrics for _, metrics in trial.results)
 
 
-def on_gpu(state: SweepState) -> bool:
-    """Whether the sweep ran on accelerators, as its records say."""
-    return any((trial.record or {}).get("gpu_hours") is not None for trial in state.trials.values())
+def trained(trial: TrialState) -> float:
+    """Hours that the trial's epochs took, of the kind that `on_gpu` says."""
+    gpu = on_gpu(trial)
+    return sum(of_epoch(metrics) for _, metrics in trial.results if ("gpus" in metrics) == gpu)
 
 
 def of_trials(stage: str, state: SweepState) -> list[TrialHours]:
     """The hours of a sweep's trials; those that have not begun are left out."""
-    gpu, found = on_gpu(state), []
+    found = []
     for trial in state.trials.values():
         if trial.role != "trial" or not trial.results:
             continue
-        hours, done = trained(trial, gpu), trial.epoch
+        hours, done = trained(trial), trial.epoch
         reason = trial.stop[1] if trial.stop else ""
         planned = int(state.header.get("epochs") or done)
         left = max(0, planned - done) if reason not in ("", "completed") else 0
-        unit = "GPU" if gpu else "CPU"
+        unit = "GPU" if on_gpu(trial) else "CPU"
         row = TrialHours(
             stage, trial.task_id, trial.exp_id, unit, hours, done, planned, reason, hours / len(trial.results) * left
         )

@@ -320,6 +320,14 @@ class TrialState:
         return self.results[-1][0] if self.results else 0
 
 
+def campaign_began(folder: Path) -> str:
+    """When the campaign of a folder began, in seconds of Unix time, which tells it from others of its name; "" where
+    the folder is no campaign's.
+    """
+    first = next(read_events(folder / CAMPAIGN), None) if (folder / CAMPAIGN).is_file() else None
+    return f"{first['t']:.6f}" if first else ""
+
+
 @dataclass
 class SweepState:
     """What the journal says of the sweep. `header` is empty only for a journal cut within its first line; `chosen` is
@@ -328,7 +336,7 @@ class SweepState:
 
     header: dict[str, Any] = field(default_factory=dict)
     trials: dict[str, TrialState] = field(default_factory=dict)
-    files: list[tuple[str, str | None]] = field(default_factory=list)
+    files: dict[str, str | None] = field(default_factory=dict)
     chosen: str | None = None
     summary: dict[str, float] = field(default_factory=dict)
     ended: str | None = None
@@ -362,9 +370,7 @@ class SweepState:
                 **{name: event[name] for name in names}, number=len(self.trials)
             )
         elif kind == "file":
-            entry = (event["path"], event["trial_id"])
-            if entry not in self.files:  # a second event says that the file was written again
-                self.files.append(entry)
+            self.files[event["path"]] = event["trial_id"]  # a second event: written again, perhaps of another trial
         else:
             return self._apply_to_trial(kind, event)
         return True

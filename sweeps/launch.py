@@ -24,6 +24,7 @@ from rich.console import Console
 from engines.errors import InputError
 from sweeps import ablation, audit, deliver, dry, flags, hosts
 from sweeps import cluster as ray_cluster
+from sweeps.journal import campaign_began
 from sweeps.ledger import Ledger, inspect
 from sweeps.lineage import best_of
 from sweeps.measure import Bench, compile_best, measure, prepare
@@ -81,6 +82,7 @@ class Order:
             "domain": self.sweep.domain,
             "profile": self.given.profile,
             "campaign": self.given.campaign,
+            "campaign_began": campaign_began(self.folder.parent) if self.given.campaign else None,
             "epochs": rule_of(self.sweep, self.resolved.values).max_evals,
             "config_hash": self.config_hash,
             "workload_hash": self.resolved.workload_hash,
@@ -222,7 +224,7 @@ def _sweep(order: Order, ledger: Ledger, cluster: Cluster, clock: Clock, console
     kinds = _kinds(sweep, order.given)
     seeds = sorted({trial.seed for trial in order.planned})
     bench = Bench(sweep, order.resolved, ledger, cluster, cache, common, kinds, seeds)
-    progress = Progress(console, rule_of(sweep, values).max_evals, exported(order.name, cluster.gpus > 0))
+    progress = Progress(console, rule_of(sweep, values).max_evals, exported(order.name))
     clock.mark("set-up")
     with progress.show():
         if sweep.measure:

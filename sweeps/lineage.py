@@ -59,9 +59,10 @@ def best_of(uri: str, stage: str, file: str, domain: str, profile: str, folder: 
 
 
 def _holder(client: MlflowClient, experiment: str, sweep: Run, file: str) -> Run | None:
-    """The trial of the sweep whose artifacts hold the file: the one that was chosen."""
+    """The trial of the sweep whose artifacts hold the file: the one that was chosen, where a resume chose anew."""
     query = f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'"
-    for run in client.search_runs([experiment], query, max_results=1000):
+    runs = client.search_runs([experiment], query, max_results=1000)
+    for run in sorted(runs, key=lambda run: run.info.run_name != sweep.data.tags.get("chosen")):
         if any(artifact.path == file for artifact in client.list_artifacts(run.info.run_id)):
             return run
     return None

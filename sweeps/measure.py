@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from engines.errors import InputError
 from sweeps import audit
 from sweeps.cluster import nodes
-from sweeps.hours import trained
+from sweeps.hours import on_gpu, trained
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
 from sweeps.memory import told
@@ -165,7 +165,8 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
     if bench.sweep.measure is None and state.results:
         own, more = _from_best_result(state)
         measured, extra = own | measured, more | extra
-    hours = trained(state, on_gpu=bool(bench.cluster.gpus))
+    hours = trained(state)
+    gpu = on_gpu(state) if state.results else bool(bench.cluster.gpus)
     values: dict[str, Any] = {
         **bench.common,
         "exp_id": trial.exp_id,
@@ -178,13 +179,13 @@ def build_record(bench: Bench, trial: Planned, found: Mapping[str, Any]) -> Reco
         **measured,
         "stop_reason": state.stop[1] if state.stop else failure(state.error) if state.error else None,
         "epochs": state.epoch if trial.role == "trial" else None,
-        "gpu_hours": hours if bench.cluster.gpus else None,
+        "gpu_hours": hours if gpu and trial.role == "trial" else None,
         "notes": _notes(state, found),
     }
     if trial.role == "trial":
         # A trial that was stopped is judged by the last third of what it ran.
         extra = {
-            "cpu_hours": None if bench.cluster.gpus else hours,
+            "cpu_hours": None if gpu else hours,
             **_late_rise(state, state.epoch),
             **audit.fields(state, rule_of(bench.sweep, bench.resolved.values).budget),
             **extra,
@@ -249,7 +250,7 @@ def _from_best_result(state: TrialState) -> tuple[dict[str, Any], dict[str, Any]
     metrics = next(kept, valid[0])
     own = {"drop": metrics.get("val_drop"), "quality": metrics.get("val_quality")}
     own |= {key: value for key, value in metrics.items() if key in OWN_FIELDS}
-    skip = {"val_drop", "val_quality", "epoch_s", "kept"}
+    skip = {"val_drop", "val_quality", "epoch_s", "gpus", "kept"}
     return own, {key: value for key, value in metrics.items() if key not in OWN_FIELDS and key not in skip}
 
 

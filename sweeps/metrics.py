@@ -15,12 +15,12 @@ journal does. Ray's core sends them to the agent of the driver's host every ten 
 
 import math
 import threading
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from sweeps.hours import of_epoch, trained
+from sweeps.hours import of_epoch
 from sweeps.journal import TrialState
 
 BOUNDARIES_S = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
@@ -29,8 +29,8 @@ BOUNDARIES_S = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 class Metrics:
     """The metrics of one sweep, told what happens to its trials once the journal knows it. Exports while it is open."""
 
-    def __init__(self, sweep: str, on_gpu: bool, every_s: float) -> None:
-        """sweep: its name. on_gpu: whether its hours are an accelerator's. every_s: how often gauges are set: the agent
+    def __init__(self, sweep: str, every_s: float) -> None:
+        """sweep: its name. every_s: how often gauges are set: the agent
         forgets those that were not for twice Ray's interval. Ray must be running.
         """
         from ray.util import metrics  # the rest of this module does without Ray
@@ -41,8 +41,8 @@ class Metrics:
         def gauge(name: str, says: str, *tags: str) -> Any:
             return labelled(metrics.Gauge(f"slimsweep_{name}", says, ("sweep", *tags)))
 
-        self._on_gpu, self._every_s = on_gpu, every_s
-        self._running, self._best, self._hours = set[str](), math.inf, 0.0
+        self._every_s = every_s
+        self._running, self._best, self._hours = set[str](), math.inf, defaultdict[str, float](float)
         self._causes: dict[str, str] = {}
         self._verdicts: dict[str, str] = {}
         self._trials_running = gauge("trials_running", "Trials that train now")
@@ -67,8 +67,8 @@ class Metrics:
     def watch(self, trials: Iterable[TrialState]) -> None:
         """What earlier drivers of the sweep left."""
         for trial in trials:
-            if trial.results:
-                self._add(len(trial.results), trained(trial, self._on_gpu), trial.best_drop)
+            for _, metrics in trial.results:
+                self._add(metrics)
             self._sort(trial)
 
     def started(self, trial: TrialState) -> None:
@@ -77,8 +77,7 @@ class Metrics:
 
     def result(self, trial: TrialState) -> None:
         """An epoch ended."""
-        metrics = trial.results[-1][1]
-        self._add(1, of_epoch(metrics, self._on_gpu), metrics.get("val_drop", math.nan))
+        self._add(trial.results[-1][1])
 
     def decided(self, seconds: float) -> None:
         """A report was judged, so long after it was made; none where its host's clock is ahead of the driver's."""
@@ -95,9 +94,10 @@ class Metrics:
             self._causes[trial.trial_id] = "failed" if trial.error else trial.stop[1] if trial.stop else ""
             self._verdicts[trial.trial_id] = (trial.record or {}).get("verdict") or ""
 
-    def _add(self, epochs: int, hours: float, drop: float) -> None:
-        self._epochs.inc(epochs)
-        self._hours += hours
+    def _add(self, metrics: Mapping[str, float]) -> None:
+        self._epochs.inc()
+        self._hours["GPU" if "gpus" in metrics else "CPU"] += of_epoch(metrics)
+        drop = metrics.get("val_drop", math.nan)
         if drop < self._best:  # false for NaN
             self._best = drop
 
@@ -117,14 +117,15 @@ class Metrics:
                     gauge.set(count, {tag: kind})
         if math.isfinite(self._best):
             self._best_drop.set(self._best)
-        self._training_hours.set(self._hours, {"unit": "GPU" if self._on_gpu else "CPU"})
+        for unit, hours in list(self._hours.items()):
+            self._training_hours.set(hours, {"unit": unit})
 
 
-def exported(sweep: str, on_gpu: bool) -> Metrics | None:
+def exported(sweep: str) -> Metrics | None:
     """The metrics of a sweep; None where Ray exports none: on this machine alone, without ray[default], or told so."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
     ports = [node["MetricsExportPort"] for node in ray.nodes() if node["NodeID"] == here]  # type: ignore[no-untyped-call]
     every_s = ray._config.metrics_report_interval_ms() / 2000
-    return Metrics(sweep, on_gpu, every_s) if ports and ports[0] > 0 else None
+    return Metrics(sweep, every_s) if ports and ports[0] > 0 else None

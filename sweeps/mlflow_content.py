@@ -16,7 +16,10 @@ Point = tuple[str, float, int, int]  # name, value, ms since the epoch, step
 
 _LONGEST_TAG, _LONGEST_PARAM = 8000, 6000  # MLflow's limits, in characters
 _REALS = {"rho", "T", "beta", "gamma"}
-_SHARED = ("sweep_id", "campaign", "stage", "domain", "profile", "workload_hash", "config_hash", "git_commit")
+_SHARED = (
+    *("sweep_id", "campaign", "campaign_began", "stage", "domain", "profile"),
+    *("workload_hash", "config_hash", "git_commit"),
+)
 _TEXTS = ("verdict", "verdict_detail", "stop_reason", "engine", "device", "parent", "notes")
 
 

@@ -46,7 +46,7 @@ class Outcome:
 
     def file(self, name: str) -> tuple[Path, str | None] | None:
         """A file that the sweep left and the trial that it is of; None where it is missing."""
-        for path, trial_id in self.state.files:
+        for path, trial_id in self.state.files.items():
             if Path(path).name == name and (self.folder / path).is_file():
                 return self.folder / path, trial_id
         return None

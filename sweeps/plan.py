@@ -75,7 +75,7 @@ class Planner:
             exp_id=exp_id(self.sweep.stage, combo, keyparams, run),
             task_id=trial.task_id,
             combo=combo or None,
-            saves=trial.saves,
+            saves=_of_run(trial.saves, run) if trial.saves and seed != self.seed else trial.saves,
             params=trial.params,
             seed=seed,
             gates=trial.gates,
@@ -95,6 +95,11 @@ class Planner:
             seed=self.seed,
             role="teacher",
         )
+
+
+def _of_run(name: str, run: int) -> str:
+    """The file of a further seed: student.pth -> student_run2.pth, as its run is called; the first keeps the name."""
+    return f"{Path(name).stem}_run{run}{Path(name).suffix}"
 
 
 def refuse_hidden(sweep: Sweep, overrides: Mapping[str, Any]) -> None:

@@ -77,7 +77,10 @@ def check_reachable(uri: str, timeout_s: float = 5.0) -> None:
     of this MLflow's version, an MLflow server that lets us read, a database that listens.
     """
     path = sqlite_path(uri)
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise InputError(f"--tracking-uri {uri.rpartition('@')[2]}: no address ({error})") from None
     kind = parts.scheme.partition("+")[0]
     if path:
         _check_file(path)

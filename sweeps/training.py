@@ -74,8 +74,10 @@ def train(
         except OSError as error:
             broken.append(error)
 
+    cards = {"gpus": cluster.gpus * cluster.workers} if cluster.gpus else {}
+
     def on_result(trial_id: str, epoch: int, metrics: dict[str, float]) -> None:
-        journal("result", trial_id=trial_id, epoch=epoch, metrics=metrics)
+        journal("result", trial_id=trial_id, epoch=epoch, metrics=metrics | cards)
         progress.result(ledger.trial(trial_id))
 
     def on_stop(trial_id: str, epoch: int, reason: str, detail: str) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from analysis import daily
 from analysis.__main__ import main
+from analysis.store import load
 from trainables.record import InputError
 
 DAY = date(2026, 3, 30)
@@ -83,13 +85,24 @@ def test_a_line_says_what_went_in_and_what_came_out(uri: str) -> None:
 def test_hours_of_an_accelerator_are_the_clocks(empty_uri, tmp_path) -> None:
     copied = copy_store(empty_uri, tmp_path)
     client = MlflowClient(tracking_uri=copied)
-    parent = log_sweep(copied, "gpu", [(record("K_T3B05_run1", datetime=stamp(DAY), gpu_hours=2.0), [])])
+    parent = log_sweep(copied, "gpu", [(record("K_T3B05_run1", datetime=stamp(DAY)), [])])
     run = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'")[0]
-    client.log_batch(run.info.run_id, [Metric("cpu_s", 9.0, ms(DAY, 9), 1), Metric("epoch_s", 7200.0, ms(DAY, 9), 1)])
-    assert rows(copied, DAY)["K_T3B05_run1"][5] == "2.000"
-    second = {"epoch_s": 3600.0, "cpu_s": 9.0, "workers": 4.0}
-    client.log_batch(run.info.run_id, [Metric(key, value, ms(DAY, 10), 2) for key, value in second.items()])
-    assert rows(copied, DAY)["K_T3B05_run1"][5] == "6.000", "the second epoch took an hour of four accelerators"
+    client.delete_tag(run.info.run_id, "record")  # while it trains there is none: its epochs say what they ran on
+    for step, workers, gpus, said in ((1, 1.0, 1.0, "2.000"), (2, 4.0, 4.0, "10.000"), (3, 1.0, 0.5, "11.000")):
+        epoch = {"epoch_s": 7200.0, "cpu_s": 9.0, "workers": workers, "gpus": gpus}
+        client.log_batch(run.info.run_id, [Metric(key, value, ms(DAY, 8 + step), step) for key, value in epoch.items()])
+        assert rows(copied, DAY)["K_T3B05_run1"][5] == said
+
+
+def test_a_record_that_was_edited_is_one_line(empty_uri, tmp_path) -> None:
+    copied = copy_store(empty_uri, tmp_path)
+    client = MlflowClient(tracking_uri=copied)
+    parent = log_sweep(copied, "edited", [(record("K_T3B05_run1", datetime=stamp(DAY)), [])])
+    run = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'")[0]
+    client.set_tag(run.info.run_id, "record", json.dumps(json.loads(run.data.tags["record"]) | {"drop": "small"}))
+    for read in (lambda: daily.compute(copied, DAY), lambda: load(copied, "edited")):
+        with pytest.raises(InputError, match=r"K_T3B05_run1.*drop is 'small', expected a number"):
+            read()
 
 
 @pytest.mark.parametrize("text", ["yesterday", "2026-02-30", "30.3.2026", "2026-3-1x", ""])

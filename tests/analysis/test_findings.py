@@ -107,6 +107,30 @@ def test_a_sweep_with_seeds_is_compared_by_its_records(
     assert "KLF is worse than KL" in (out / "effects.md").read_text(encoding="utf-8")
 
 
+def test_arms_of_one_combo_are_kept_apart(empty_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A schedule is called by the weight it starts from: K-1 and K-3 share their combo."""
+    uri = copy_store(empty_uri, tmp_path)
+    arms = {"T3B05": 0.05, "T5B05": 0.06, "T3B05_sched": 0.9}
+    drops = {"drop_lo": None, "drop_hi": None}
+    trials = [
+        (
+            record(
+                f"K_{arm}_run{seed}", combo=arm.removesuffix("_sched"), seed=seed, drop=drop + 0.001 * seed, **drops
+            ),
+            [],
+        )
+        for seed in (1, 2, 3)
+        for arm, drop in arms.items()
+    ]
+    twice = [(record(f"K_T9B05_run{run}", combo="T9B05", seed=1, drop=0.5, **drops), []) for run in (1, 2)]
+    log_sweep(uri, "s", [*trials, *twice])
+    assert main(["effects", "--tracking-uri", uri, "--sweep", "s", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "K_T3B05_sched is worse than K_T3B05: the error changes by +80.8" in said
+    assert "T5B05 is worse than K_T3B05: the error changes by +0.95" in said
+    assert "T9B05 has two trials of seed 1: they are not compared" in said
+
+
 def test_effects_that_a_sweep_logged_are_shown_as_they_are(fresh: Fresh, tmp_path: Path) -> None:
     uri = fresh("abl", [(record("K_a_run1"), [])])
     rng = np.random.default_rng(0)

@@ -1,6 +1,7 @@
 """Fronts under uncertainty, their knee and their growth, against the definition and cases worked by hand."""
 
 import random
+from datetime import datetime, timedelta, timezone
 
 import moocore
 import numpy as np
@@ -53,15 +54,21 @@ def test_the_knee_bulges_most_and_lies_within_the_gate() -> None:
     assert knee([point("a", 1, 9), point("b", 8, 8), point("c", 9, 1)], None) is None  # bent away from the ideal
 
 
+def moment(rng: random.Random) -> str:
+    """A time as records have it, on hosts of two time zones."""
+    zone = timezone(timedelta(hours=rng.randint(1, 2)))
+    return datetime.fromtimestamp(1.7e9 + 7200 * rng.random(), zone).isoformat()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_front_grows_to_what_it_is(seed: int) -> None:
     rng = random.Random(seed)
-    points = [point(str(i), rng.randint(1, 9), rng.randint(1, 9), when=f"{rng.random():.9f}") for i in range(40)]
+    points = [point(str(i), rng.randint(1, 9), rng.randint(1, 9), when=moment(rng)) for i in range(40)]
     points.append(point("stopped", 0, 0, kind="stopped"))
     moments = history(points, (10.0, 10.0))
     worth = [moment.hypervolume for moment in moments]
     assert worth == sorted(worth) and len(set(worth)) == len(worth)
     final = sorted({vertex for vertex in vertices([p for p in mark_front(points) if p.on_front])})
     assert list(moments[-1].front) == final and worth[-1] == pytest.approx(hypervolume(final, (10.0, 10.0)))
-    by_time = sorted(points[:-1], key=lambda p: p.when)
+    by_time = sorted(points[:-1], key=lambda p: datetime.fromisoformat(p.when))
     assert [by_time[moment.trials - 1].exp_id for moment in moments] == [moment.exp_id for moment in moments]

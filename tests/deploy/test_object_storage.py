@@ -80,7 +80,7 @@ def test_artifacts_of_a_sweep_reach_the_bucket_through_the_server_alone(
         )
         assert done.returncode == 0 and "Not all is in MLflow" not in done.stdout, done.stdout + done.stderr
     folder = storage / "toy_small_seed42"
-    logged = {folder / path for path, _ in SweepState.replay(folder / "journal.jsonl").files}
+    logged = {folder / path for path in SweepState.replay(folder / "journal.jsonl").files}
     s3 = client("s3", store, key)
     names = [entry["Key"] for entry in s3.list_objects_v2(Bucket=BUCKET)["Contents"]]
     assert all(name.startswith("team/") for name in names) and not (place / "artifacts").exists()

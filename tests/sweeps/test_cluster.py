@@ -215,7 +215,7 @@ def test_prometheus_sees_what_the_journal_says(head: tuple[str, dict[str, str]],
     assert last["epochs_total[]"] == epochs == last["report_to_decision_seconds_count[]"] > 4
     assert last["report_to_decision_seconds_bucket['10.0']"] == epochs, "a report waited for longer than ten seconds"
     assert last["best_drop[]"] == pytest.approx(min(trial.best_drop for trial in trials))
-    assert last["training_hours['CPU']"] == pytest.approx(sum(trained(trial, on_gpu=False) for trial in trials))
+    assert last["training_hours['CPU']"] == pytest.approx(sum(trained(trial) for trial in trials))
     again = looks(env["EXPORTER"], [*command, "--resume"], env)[-1]
     assert again == pytest.approx(last), "a resumed sweep counts what was done before"
 

@@ -20,8 +20,11 @@ from sweeps import campaign_screen as screen
 from sweeps import deliverables
 from sweeps.audit import FalseStops
 from sweeps.campaign import run
+from sweeps.catalogue import PLANS
+from sweeps.cluster import cores
 from sweeps.conduct import Plan
 from sweeps.journal import CAMPAIGN, Journal, check_free
+from sweeps.progress import duration
 
 sys.path.append(str(Path(__file__).parent))
 from made_campaign import STAGES, campaign
@@ -162,14 +165,37 @@ def test_a_dry_run_says_which_hours_were_measured_here(
     plan = campaign(tmp_path)
     again = replace(plan, name="again", folder=tmp_path / "again")
     screen.preview(Console(width=140), again, tmp_path)
-    assert "Hours: 1.5 CPU-hours of training, as measured here\n" in capsys.readouterr().out
+    least = ", at least {} on " + f"{cores()} cores, measuring not counted"
+    said = least.format(duration(3600 * 1.5 / cores()))
+    assert f"Hours: 1.5 CPU-hours of training, as measured here{said}\n" in capsys.readouterr().out
     screen.preview(Console(width=140), plan, tmp_path)
     assert "Hours: 2 of 2 stages finished\n" in capsys.readouterr().out
     shutil.rmtree(plan.sweep_folder(STAGES[1]))
     screen.preview(Console(width=140), again, tmp_path)
-    assert "Hours: 1.4 CPU-hours of training, as measured here; unknown for KQ\n" in capsys.readouterr().out
+    said = least.format(duration(3600 * 1.4 / cores()))
+    assert f"Hours: 1.4 CPU-hours of training, as measured here{said}; unknown for KQ\n" in capsys.readouterr().out
     screen.preview(Console(width=140), plan, tmp_path)
     assert "Hours: unknown for KQ; 1 of 2 stages finished\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "given", "counts"),
+    [
+        ("python sweeps/k_grid.py --profile demo", {}, [], True),
+        ("python sweeps/k_grid.py --set epochs=2", {}, [], False),
+        ("python sweeps/k_grid.py", {}, ["epochs=400"], False),
+        ("python sweeps/k_grid.py --set epochs=400 --resume", {}, ["epochs=400", "distance=5"], True),
+        ("python sweeps/k_grid.py --seeds 2", {"seeds": 2}, [], False),
+    ],
+)
+def test_hours_of_a_sweep_with_other_settings_say_nothing(
+    tmp_path: Path, command: str, settings: dict, given: list[str], counts: bool
+) -> None:
+    stages = PLANS["all"]
+    overrides = {text.partition("=")[0]: text for text in given}
+    plan = Plan("c", "all", "demo", 42, stages, stages, tmp_path, "sqlite:///none.db", (), overrides=overrides)
+    k = next(stage for stage in stages if stage.id == "K")
+    assert screen._alike(plan, k, {"command": command, "settings": settings}) == counts
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_manifest_as_it_was(tmp_path: Path, template, monkeypatch) -> None:

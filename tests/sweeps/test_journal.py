@@ -48,7 +48,7 @@ def test_replay_gives_the_state(tmp_path):
     assert a.drops == [0.1, 0.05] and a.epoch == 2 and a.params == TRIAL["params"]
     assert a.stop == (2, "completed", "") and a.record["notes"] == "NaN"  # a record holds no floats in disguise
     assert b.error == "worker died" and b.record is None and b.stop is None
-    assert state.files == [("files/x.png", None)] and state.ended is None
+    assert state.files == {"files/x.png": None} and state.ended is None
     first = json.loads((tmp_path / "s" / "journal.jsonl").read_text().splitlines()[0])
     assert list(first)[:2] == ["t", "event"]
 

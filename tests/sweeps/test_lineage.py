@@ -18,7 +18,7 @@ def store(tmp_path_factory):
     experiment = client.create_experiment(EXPERIMENT, (folder / "artifacts").as_uri())
 
     def sweep(content, start, *, status="FINISHED", profile="demo", stage="K", chosen=True):
-        tags = {"role": "sweep", "stage": stage, "domain": "dust3r", "profile": profile}
+        tags = {"role": "sweep", "stage": stage, "domain": "dust3r", "profile": profile, "chosen": "K-2"}
         parent = client.create_run(experiment, start_time=start, tags=tags, run_name=f"k_grid_{content}").info.run_id
         for name in ("K-1", "K-2"):
             child = client.create_run(
@@ -26,6 +26,9 @@ def store(tmp_path_factory):
             ).info.run_id
             if name == "K-2" and chosen:
                 (folder / FILE).write_text(content)
+                client.log_artifact(child, str(folder / FILE))
+            if name == "K-1" and content == "newest":  # which it chose before a resume
+                (folder / FILE).write_text("of a trial that is not chosen any more")
                 client.log_artifact(child, str(folder / FILE))
             client.set_terminated(child)
         client.set_terminated(parent, status)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sweeps.aq_pretrain import AQ
-from sweeps.hours import trained
+from sweeps.hours import on_gpu, trained
 from sweeps.journal import SweepState, TrialState
 from sweeps.launch import run, take_order
 from trainables import checkpoint
@@ -79,8 +79,10 @@ def test_a_sweep_trains_with_two_workers_and_outlives_one(tmp_path: Path) -> Non
 def test_hours_are_those_of_all_workers() -> None:
     epochs = [{"epoch_s": 1800.0, "cpu_s": 3000.0, "workers": 4.0}, {"epoch_s": 3600.0, "cpu_s": 3600.0}]
     trial = TrialState("a", "A", "T-1", "trial", {}, None, results=list(enumerate(epochs, 1)))
-    assert trained(trial, on_gpu=True) == 3.0, "the second epoch was resumed with one worker"
-    assert trained(trial, on_gpu=False) == pytest.approx(6600 / 3600), "what is reported is the sum already"
+    assert not on_gpu(trial) and trained(trial) == pytest.approx(6600 / 3600), "what is reported is the sum already"
+    cards = [one | {"gpus": gpus} for one, gpus in zip(epochs, (4.0, 0.5), strict=True)]
+    trial = TrialState("a", "A", "T-1", "trial", {}, None, results=list(enumerate([*cards, epochs[1]], 1)))
+    assert on_gpu(trial) and trained(trial) == 2.5, "four cards, then half a card; the last epoch was of a CPU"
 
 
 @pytest.mark.parametrize("mode", [["--dry-run"], []])
