@@ -151,7 +151,7 @@ def test_deliverables_that_are_none_or_of_another_are_one_line(
         assert not (tmp_path / "out").exists()
 
     refused("No such file or directory; expected the deliverables of a campaign", str(tmp_path / "none"))
-    refused("of campaign night, to which k does not belong")
+    refused("of a campaign night to which k of this store does not belong")
     (run,) = MlflowClient(tracking_uri=uri).search_runs(["1"], "tags.role = 'sweep'")
     MlflowClient(tracking_uri=uri).set_tag(run.info.run_id, "campaign", CAMPAIGN)
     refused("ledger.json cannot be read (not a JSON object)")

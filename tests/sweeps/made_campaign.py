@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sweeps.catalogue import Needs, Stage, Task, drop
 from sweeps.conduct import Plan
-from sweeps.journal import Journal
+from sweeps.journal import CAMPAIGN, Journal, campaign_began
 from sweeps.mlflow_writer import Mirror
 from trainables.gates import Gate
 from trainables.record import Record
@@ -27,10 +27,10 @@ def sweep(plan: Plan, stage: Stage, trials: list[dict], profile: str) -> None:
     """A finished sweep: its journal, files and runs in MLflow. A trial: exp_id, files, reason, epochs, drop."""
     folder = plan.sweep_folder(stage)
     journal = Journal.open(folder)
-    name = folder.name
+    name, began = folder.name, campaign_began(plan.folder)
     journal.append(
-        "sweep", sweep_id=f"id-{name}", name=name, stage=stage.id, domain="dust3r", profile=profile, epochs=10,
-        campaign=plan.name, config_hash="c", workload_hash="w1", settings={"lr": 0.1},
+        "sweep", sweep_id=f"id-{name}{began}", name=name, stage=stage.id, domain="dust3r", profile=profile, epochs=10,
+        campaign=plan.name, campaign_began=began, config_hash="c", workload_hash="w1", settings={"lr": 0.1},
     )  # fmt: skip
     (folder / "files").mkdir()
     for number, given in enumerate(trials):
@@ -64,10 +64,13 @@ def sweep(plan: Plan, stage: Stage, trials: list[dict], profile: str) -> None:
     mirror.save(None)
 
 
-def campaign(storage: Path, profile: str = "small", second_drop: float = 0.005) -> Plan:
-    """A whole campaign's plan, run."""
+def campaign(storage: Path, profile: str = "small", second_drop: float = 0.005, began: bool = False) -> Plan:
+    """A whole campaign's plan, run. began: with a campaign's own journal."""
     name = f"toy_{profile}_seed42"
     plan = Plan(name, "toy", profile, 42, STAGES, STAGES, storage / name, f"sqlite:///{storage / 'mlflow.db'}", ())
+    if began:
+        with Journal.open(plan.folder, CAMPAIGN) as journal:
+            journal.append("campaign", name=name, plan="toy", profile=profile, seed=42, overrides={})
     good = dict(exp_id="K_good_run1", files=["one.pth", "best.pth"], reason="completed", epochs=10, drop=0.002)
     second = dict(exp_id="K_second_run1", files=["two.pth"], reason="plateau", epochs=4, drop=second_drop)
     sweep(plan, STAGES[0], [good, second], profile)

@@ -49,7 +49,8 @@ def test_files_follow_their_suffix_and_the_engine_brings_its_manifest_and_source
     assert (files / "best.onnx").read_text() == f"graph of {chosen}"
     for suffix in ("trt", "trt.json", "qdq.onnx"):
         assert (files / f"best.{suffix}").read_text() == f"engine of {chosen}"
-    assert (files / "out.onnx").read_text() == "graph of T_out_run3", "the last of the arm's seeds"
+    for name, run_ in (("out.onnx", 1), ("out_run2.onnx", 2), ("out_run3.onnx", 3)):
+        assert (files / name).read_text() == f"graph of T_out_run{run_}", "each seed has a file of its own"
     (record,) = [t.record for t in SweepState.replay(arms[0] / NAME).trials.values() if t.exp_id == chosen]
     assert record["trt"] == "compiled, not executed" and record["trt_int8_share"] == 1
 

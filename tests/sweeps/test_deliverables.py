@@ -19,7 +19,7 @@ from engines.errors import InputError
 from sweeps import campaign_screen as screen
 from sweeps import deliverables
 from sweeps.audit import FalseStops
-from sweeps.campaign import run
+from sweeps.campaign import _walls, run
 from sweeps.catalogue import PLANS
 from sweeps.cluster import cores
 from sweeps.conduct import Plan
@@ -196,6 +196,21 @@ def test_hours_of_a_sweep_with_other_settings_say_nothing(
     plan = Plan("c", "all", "demo", 42, stages, stages, tmp_path, "sqlite:///none.db", (), overrides=overrides)
     k = next(stage for stage in stages if stage.id == "K")
     assert screen._alike(plan, k, {"command": command, "settings": settings}) == counts
+
+
+def test_the_clock_of_a_stage_outlives_the_campaign_that_was_killed(tmp_path: Path, template) -> None:
+    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+    plan = campaign(tmp_path)
+    events = [
+        {"t": 0.0, "event": "start", "stage": "K"},  # killed with the campaign, when K's journal says
+        {"t": 1e12, "event": "start", "stage": "K"},
+        {"t": 1e12 + 60, "event": "exit", "stage": "K", "code": 0, "wall_s": 50.0},
+        {"t": 1e12 + 70, "event": "start", "stage": "KQ"},  # went on when the campaign was killed; a later one waited
+        {"t": 1e12 + 100, "event": "exit", "stage": "KQ", "code": None, "wall_s": 5.0},
+    ]
+    (plan.folder / CAMPAIGN).write_text("".join(json.dumps({"command": [], **event}) + "\n" for event in events))
+    last = json.loads((plan.sweep_folder(STAGES[0]) / "journal.jsonl").read_text().splitlines()[-1])["t"]
+    assert _walls(plan) == {"K": pytest.approx(last + 50), "KQ": 30.0}
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_manifest_as_it_was(tmp_path: Path, template, monkeypatch) -> None:

@@ -53,6 +53,14 @@ def test_replay_gives_the_state(tmp_path):
     assert list(first)[:2] == ["t", "event"]
 
 
+def test_a_file_is_of_the_trial_that_wrote_it_last(tmp_path):
+    path = write_example(tmp_path / "s")
+    with Journal.open(tmp_path / "s") as journal:
+        for trial_id in ("a", "b"):
+            journal.append("file", path="files/best.pth", trial_id=trial_id)
+    assert SweepState.replay(path).files == {"files/x.png": None, "files/best.pth": "b"}
+
+
 def test_known_epochs_and_trials_change_nothing(tmp_path):
     path = write_example(tmp_path / "s")
     with Journal.open(tmp_path / "s") as journal:

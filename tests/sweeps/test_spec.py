@@ -41,6 +41,12 @@ def test_exp_ids_are_the_plans() -> None:
     assert label({"T": 2.5, "beta": 0.25, "gamma": 0.1, "lr": 3e-5}) == ("T2p5B025", "gamma0p1_lr3em05")
 
 
+def test_further_seeds_leave_files_of_their_own() -> None:
+    plan, trial = planner(), Trial("K-1", saves="student_fp32_t3b05.pth", T=3, beta=constant(0.5), gamma=0)
+    names = [plan.plan(trial, seed=seed).saves for seed in (42, 43, 44)]
+    assert names == ["student_fp32_t3b05.pth", "student_fp32_t3b05_run2.pth", "student_fp32_t3b05_run3.pth"]
+
+
 def test_a_trial_is_the_hash_of_its_inputs() -> None:
     same = planner().plan(PLAN[0]).trial_id
     assert same == planner().plan(PLAN[0]).trial_id and len(same) == 12

@@ -13,6 +13,7 @@ import pytest
 from analysis import verify
 from analysis.__main__ import main as analysis
 from analysis.manifest import Manifest
+from analysis.store import load_all
 from sweeps import campaign_run, deliverables
 from sweeps.journal import CAMPAIGN, Journal
 from sweeps.tracking import ENVIRONMENT
@@ -183,6 +184,25 @@ def test_a_missed_line_is_a_problem_but_for_the_demo(tmp_path: Path, template) -
         said = ("K-2: missed its hard line. drop 50 %, needed <= 1 %",)
         unlogged = ("manifest.json is not in MLflow, where a campaign's end puts it: its lines are believed",)
         assert (found.problems, found.notes) == ((said, unlogged) if profile == "small" else ((), (*unlogged, *said)))
+
+
+def test_another_campaign_of_the_name_is_not_this_one(
+    tmp_path: Path, template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that was removed and begun anew, with the store kept: the sweeps of both have one tag."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+    folders = []
+    for _ in range(2):
+        plan = campaign(tmp_path, began=True)
+        found = deliverables.write(plan, {}, {})
+        campaign_run.log(plan, deliverables.draw_report(found, plan.tracking_uri))
+        folders.append(plan.folder.rename(tmp_path / f"kept{len(folders)}"))
+    for folder in folders:
+        assert verify.check(folder / "deliverables", plan.tracking_uri).problems == ()
+    data = load_all(plan.tracking_uri, campaign=plan.name)
+    assert f"2 sweeps of another campaign named '{plan.name}' are left out" in data.notes and len(data.sweeps) == 2
 
 
 def test_what_was_left_out_by_choice_is_one_problem(copy: Path) -> None:
