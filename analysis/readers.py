@@ -335,7 +335,11 @@ def _client(uri: str) -> ClientStore:
     problem = f"--tracking-uri {without_password(uri)}: this MLflow store cannot be read"
     if uri.startswith(("http://", "https://")):
         try:  # one quick question first: the client itself retries a dead server for minutes
-            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5).close()
+            parts = urlsplit(uri)
+            server = parts._replace(
+                netloc=parts.netloc.rpartition("@")[2]
+            ).geturl()  # the client takes care of the login
+            urllib.request.urlopen(server.rstrip("/") + "/health", timeout=5).close()
         except urllib.error.HTTPError:
             pass  # it answered; whether it lets us in is the client's business
         except (OSError, ValueError, HTTPException) as error:
@@ -348,7 +352,7 @@ def _client(uri: str) -> ClientStore:
     try:
         return ClientStore(MlflowClient(tracking_uri=uri), problem)
     except Exception as error:
-        raise InputError(f"{problem} ({first_line(error)})") from error
+        raise InputError(f"{problem} ({first_line(error).replace(uri, without_password(uri))})") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -28,7 +28,8 @@ def yaml_data(text: str, what: str) -> Any:
             if isinstance(event, yaml.AliasEvent):
                 raise InputError(f"{what}: uses the alias *{event.anchor}; write the value out")
         return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date in month 13
+    # Beside YAML's own: a date in month 13, and what the constructors of `!!bool maybe` and the like raise.
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         mark = getattr(error, "problem_mark", None)

@@ -36,9 +36,9 @@ from sweeps import campaign_screen as screen
 from sweeps.catalogue import PLANS, Stage, select
 from sweeps.conduct import Conductor, Plan
 from sweeps.journal import CAMPAIGN, NAME, Journal, read_events
-from sweeps.launch import git_commit, masked, program
+from sweeps.launch import git_commit, program
 from sweeps.settings import parse_set, resolve
-from sweeps.tracking import check_reachable, default_uri
+from sweeps.tracking import check_reachable, default_uri, masked
 
 SIDE_BY_SIDE = 3  # on a cluster: the stages of the main line keep a third of it
 
@@ -108,16 +108,14 @@ def take_order(argv: Sequence[str] | None, plans: Mapping[str, Sequence[Stage]],
     name = given.campaign or f"{given.plan}_{given.profile}_seed{given.seed}"
     storage = Path(given.storage).expanduser().absolute()
     passed = ["--storage", str(storage)]
-    for flag in ("tracking_uri", "address"):
-        value = getattr(given, flag)
-        passed += [f"--{flag.replace('_', '-')}", value] if value else []
+    passed += ["--address", given.address] if given.address else []
     passed += placement.words(placement.read_flags(given))
     passed += ["--audit", f"{given.audit:g}"] if given.audit else []
     passed += ["--hang-after", f"{given.hang_after:g}"] if given.hang_after != flags.HANG_MIN else []
     plan = Plan(
         name=name, plan=given.plan, profile=given.profile, seed=given.seed, stages=stages,
         selected=select(stages, given.only, given.start, given.skip), folder=storage / name,
-        tracking_uri=given.tracking_uri or default_uri(storage), flags=passed,
+        tracking_uri=flags.tracking_uri(given) or default_uri(storage), flags=passed,
         overrides=dict(zip(parse_set(given.set), given.set, strict=True)),
         lenient=given.keep_going or given.profile == "demo", width=width, audit=given.audit,
     )  # fmt: skip
@@ -174,7 +172,9 @@ def _ask_stages(plan: Plan, console: Console) -> None:
             continue
         asked.add(stage.domain)
         with console.status(f"asking {stage.path.name} whether it can start"):  # on a terminal alone
-            done = subprocess.run([*plan.command(stage), "--dry-run"], capture_output=True, text=True)
+            done = subprocess.run(
+                [*plan.command(stage), "--dry-run"], capture_output=True, text=True, env=plan.environment
+            )
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             apart = len({stage.domain for stage in plan.selected}) > 1 and "--set teacher" in said[-1]
@@ -229,7 +229,7 @@ def _execute(order: Order, console: Console) -> int:
                 conductor.run()
         except KeyboardInterrupt:
             resume = order.command if order.resume else f"{order.command} --resume"
-            console.print(f"\nInterrupted; nothing finished is lost. Go on with: {resume}", soft_wrap=True)
+            console.print(f"\nInterrupted; nothing finished is lost. Go on with: {masked(resume)}", soft_wrap=True)
             journal.append("end", status="interrupted")
             return INTERRUPTED
         found = _with_report(plan, _collect(plan, conductor.held))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from analysis.manifest import CAMPAIGN_ROLE, MANIFEST_TAG, NAME, REPORT
 from sweeps.conduct import Plan
 from sweeps.deliverables import Delivered
-from sweeps.journal import campaign_began
+from sweeps.ledger import campaign_began
 from sweeps.tracking import ENVIRONMENT, EXPERIMENT
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from sweeps.catalogue import Stage
 from sweeps.cluster import cores
 from sweeps.conduct import Plan
 from sweeps.deliverables import Delivered
-from sweeps.launch import comparing, masked, program, shown
+from sweeps.launch import comparing, program, shown
 from sweeps.ledger import sweeps_in
 from sweeps.progress import duration
 from sweeps.settings import parse_set
-from sweeps.tracking import default_uri
+from sweeps.tracking import default_uri, masked
 
 HERE = "as measured here"
 _STYLES = {"pass": "bold green", "fail": "red", "n/a": "dim"}

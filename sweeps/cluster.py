@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import InputError
-from sweeps.placement import Cluster, Node, Placement, place
+from sweeps.placement import TYPE, Cluster, Node, Placement, place
 
 PACKAGES = ("sweeps", "trainables", "engines", "analysis")
 HOW_TO_START = (
@@ -140,7 +140,8 @@ def _placed(wanted: Wanted) -> Cluster:
 
     gpus = asked.gpus if asked.gpus is not None else float(wanted.needs_gpu or asked.gpu_memory is not None)
     bundle = {"CPU": asked.cpus or 1.0} | ({"GPU": gpus} if gpus else {})
-    one = placement_group([bundle] * asked.workers, bundle_label_selector=[asked.labels] * asked.workers)
+    labels = asked.labels | ({TYPE: asked.latency_on} if asked.latency_on else {})  # a first node that can measure, too
+    one = placement_group([bundle] * asked.workers, bundle_label_selector=[labels] * asked.workers)
     try:
         ray.wait([one.ready()], timeout=60 * asked.wait_min)
         return place(asked, nodes(), wanted.share, wanted.needs_gpu)
@@ -167,8 +168,9 @@ def _check_token() -> None:
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:
         found, mode = path.read_text().strip(), path.stat().st_mode & 0o777
-    except OSError as error:
-        raise InputError(f"--address: no cluster token in {path} ({error.strerror}); {HOW_TO_TOKEN}") from error
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", "no text")
+        raise InputError(f"--address: no cluster token in {path} ({said}); {HOW_TO_TOKEN}") from error
     if not found:
         raise InputError(f"--address: the token file {path} is empty; {HOW_TO_TOKEN}")
     if mode & 0o077:  # as Ray itself writes it; whoever reads it runs code on every node
@@ -182,12 +184,18 @@ def _check_port(address: str) -> None:
     if address == "auto":
         return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if address.startswith("ray://") or not colon or not host or not port.isdigit() or int(port) > 65535:
+    if (
+        address.startswith("ray://")
+        or not colon
+        or not host
+        or not (port.isascii() and port.isdigit())
+        or int(port) > 65535
+    ):
         raise InputError(f"--address {address}: expected `auto` or HOST:PORT of the head, e.g. 10.0.0.1:6379")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError as error:
-        said = error.strerror or str(error)
+    except (OSError, ValueError) as error:  # ValueError: no name that a resolver would take
+        said = getattr(error, "strerror", None) or str(error)
         raise InputError(f"--address {address}: no Ray cluster answers ({said}); {HOW_TO_START}") from error
 
 

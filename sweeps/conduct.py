@@ -4,6 +4,7 @@ Whether a stage is over is what its sweep's journal says, never what a process s
 any point goes on where its stages are.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from sweeps.catalogue import Needs, Stage, stage_of
 from sweeps.interrupts import INTERRUPTED
 from sweeps.journal import Journal, check_free
 from sweeps.outcome import Outcome
+from sweeps.tracking import URI
 
 POLL_S = 0.3
 PATIENCE_S = 120.0  # for a stage that was told to end: it finishes no epoch, but its files and MLflow
@@ -55,6 +57,11 @@ class Plan:
     def source(self, need: Needs) -> Outcome:
         """What the stage that is needed has come to."""
         return self.outcome(stage_of(self.stages, need.task))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the stages: the store is named there, as its address may hold a password and a command line is public."""
+        return {**os.environ, URI: self.tracking_uri}
 
     def command(self, stage: Stage, share: float = 1.0) -> list[str]:
         """What to type for the stage, with --resume if it was begun."""
@@ -147,10 +154,12 @@ class Conductor:
         self._say(f"{stage.id}: {'goes on' if '--resume' in command else 'starts'}" + ("" if alone else f", see {log}"))
         # A session of its own: Ctrl-C is for the campaign, which then ends its stages in order.
         if alone:
-            process = subprocess.Popen(command, start_new_session=True)
+            process = subprocess.Popen(command, start_new_session=True, env=self.plan.environment)
         else:
             with log.open("ab") as file:
-                process = subprocess.Popen(command, start_new_session=True, stdout=file, stderr=file)
+                process = subprocess.Popen(
+                    command, start_new_session=True, stdout=file, stderr=file, env=self.plan.environment
+                )
         self._running.append(_Running(stage, process))
 
     def _wait(self) -> None:

@@ -21,8 +21,8 @@ from sweeps import hours
 from sweeps.catalogue import Stage
 from sweeps.conduct import Plan
 from sweeps.hours import Account, TrialHours
-from sweeps.journal import campaign_began
 from sweeps.launch import git_commit
+from sweeps.ledger import campaign_began
 from sweeps.outcome import Outcome
 from trainables.record import Record, now, write_csv
 

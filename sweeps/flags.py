@@ -12,6 +12,7 @@ from typing import Any
 from engines.errors import InputError, Parser
 from sweeps.placement import Placement, add_flags, read_flags
 from sweeps.settings import PROFILES, parse_set
+from sweeps.tracking import URI
 
 HANG_MIN = 120.0
 
@@ -56,7 +57,7 @@ def common(doc: str) -> argparse.ArgumentParser:
     add("--profile", choices=PROFILES, default="small", help="scale of everything (default: %(default)s)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable")
     add("--storage", default="./runs", metavar="FOLDER", help="where sweeps are kept (default: %(default)s)")
-    add("--tracking-uri", metavar="URI", help="MLflow store or server (default: sqlite in the storage)")
+    add("--tracking-uri", metavar="URI", help=f"MLflow store or server (default: ${URI}, else sqlite in the storage)")
     add("--resume", action="store_true", help="go on with what was interrupted; what is finished is kept")
     add("--dry-run", action="store_true", help="print what would run, its files and estimated cost; start nothing")
     add("--seed", type=int, default=42, help="seed of the trials (default: %(default)s)")
@@ -86,6 +87,11 @@ def check(given: argparse.Namespace) -> None:
         raise InputError(f"--hang-after {given.hang_after:g}: expected minutes, more than the longest epoch takes")
     if given.campaign is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", given.campaign):
         raise InputError(f"--campaign {given.campaign!r}: expected a name of letters, digits, dots, - and _")
+
+
+def tracking_uri(given: argparse.Namespace) -> str | None:
+    """Where MLflow's runs shall go: the flag, else the environment, in which a password stands in no process list."""
+    return given.tracking_uri or os.environ.get(URI) or None
 
 
 def _check_storage(storage: Path) -> None:
@@ -125,7 +131,7 @@ def parse(doc: str, argv: Sequence[str] | None, searchable: bool = True) -> Flag
         samples=_samples(given.search, given.samples, searchable),
         overrides=parse_set(given.set),
         storage=Path(given.storage).expanduser().absolute(),
-        tracking_uri=given.tracking_uri,
+        tracking_uri=tracking_uri(given),
         resume=given.resume,
         dry_run=given.dry_run,
         seed=given.seed,

@@ -15,6 +15,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -75,7 +76,7 @@ class Journal:
         lock = _lock(folder, Path(name).with_suffix(".lock").name)
         try:
             path = folder / name
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
             try:
                 good = _good_bytes(path)
                 if os.fstat(fd).st_size > good:
@@ -150,7 +151,7 @@ def _lock(folder: Path, name: str) -> int:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise _unwritable(folder, error.strerror) from error
         try:
@@ -170,11 +171,14 @@ def _lock(folder: Path, name: str) -> int:
 def _take(lock: int, folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
         raise InputError(
             f"{folder} is in use by {holder}: wait for it to end or stop it, or give another --storage"
         ) from None
+    except OSError as error:
+        why = f"no file locks ({error.strerror}); NFS 4 has them, Lustre with -o flock"
+        raise _unwritable(folder, why) from error
 
 
 def check_free(folder: Path) -> None:
@@ -183,9 +187,11 @@ def check_free(folder: Path) -> None:
     if not here.is_dir() or not os.access(here, os.W_OK | os.X_OK):
         raise _unwritable(folder, os.strerror(errno.EACCES if here.is_dir() else errno.ENOTDIR))
     try:
-        lock = os.open(folder / LOCK, os.O_RDONLY)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)  # NFS locks what is open for writing alone
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise _unwritable(folder / LOCK, error.strerror) from error
     try:
         _take(lock, folder)
     finally:
@@ -242,15 +248,17 @@ def _restored(value: Any) -> Any:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """The event of one line with its newline; None for a line that is cut or no event."""
+    """The event of one line with its newline; None for a cut line, InputError for an event of another version."""
     if not line.endswith(b"\n"):
         return None
     try:
         data = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(data, dict) or not EVENTS.get(str(data.get("event")), {"?"}) <= data.keys():
+    if not isinstance(data, dict) or "event" not in data:
         return None
+    if not EVENTS.get(str(data["event"]), {"?"}) <= data.keys():
+        raise InputError(f"journal: event {str(data['event'])[:40]!r} is unknown or incomplete: of another version?")
     return {key: item if key == "record" else _restored(item) for key, item in data.items()}
 
 
@@ -282,6 +290,9 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such journal; expected the folder of a sweep that was started before")
     return (event for event, _ in _scan(Path(path)))
+
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._+-]{0,199}")
 
 
 @dataclass
@@ -318,14 +329,6 @@ class TrialState:
     def epoch(self) -> int:
         """Last epoch with a result, 0 before the first."""
         return self.results[-1][0] if self.results else 0
-
-
-def campaign_began(folder: Path) -> str:
-    """When the campaign of a folder began, in seconds of Unix time, which tells it from others of its name; "" where
-    the folder is no campaign's.
-    """
-    first = next(read_events(folder / CAMPAIGN), None) if (folder / CAMPAIGN).is_file() else None
-    return f"{first['t']:.6f}" if first else ""
 
 
 @dataclass
@@ -365,6 +368,9 @@ class SweepState:
         elif kind == "trial":
             if event["trial_id"] in self.trials:
                 return False
+            for name in (event["trial_id"], event["saves"]):
+                if name is not None and not _PLAIN_NAME.fullmatch(str(name)):  # they become paths
+                    raise InputError(f"journal: trial {event['exp_id']}: {name!r} is no plain name; it is not ours")
             names = ("trial_id", "exp_id", "task_id", "role", "params", "saves")
             self.trials[event["trial_id"]] = TrialState(
                 **{name: event[name] for name in names}, number=len(self.trials)

@@ -9,7 +9,6 @@ from sweeps.interrupts import INTERRUPTED, from_now_on, interruptible  # before 
 
 # isort: split
 import contextlib
-import re
 import shlex
 import shutil
 import subprocess
@@ -24,8 +23,7 @@ from rich.console import Console
 from engines.errors import InputError
 from sweeps import ablation, audit, deliver, dry, flags, hosts
 from sweeps import cluster as ray_cluster
-from sweeps.journal import campaign_began
-from sweeps.ledger import Ledger, inspect
+from sweeps.ledger import Ledger, campaign_began, inspect
 from sweeps.lineage import best_of
 from sweeps.measure import Bench, compile_best, measure, prepare
 from sweeps.metrics import exported
@@ -35,7 +33,7 @@ from sweeps.progress import Clock, Progress
 from sweeps.search import Search, far_end
 from sweeps.settings import Resolved, digest, resolve
 from sweeps.spec import Sweep
-from sweeps.tracking import Tracker, check_reachable, default_uri
+from sweeps.tracking import Tracker, check_reachable, default_uri, masked
 from sweeps.training import rule_of, train
 from trainables.config import WORDS
 from trainables.domain import DOMAINS, make_domain
@@ -351,11 +349,6 @@ def program(name: str) -> str:
     return name if not own.exists() or (found and Path(found).parent == own.parent) else shown(own)
 
 
-def masked(text: str) -> str:
-    """The text with the passwords of its addresses hidden, for screens, files and MLflow."""
-    return re.sub(r"(://[^\s/:@]*:)[^\s/@]+@", r"\1***@", text)
-
-
 def _hint(order: Order, ledger: Ledger) -> str:
     """Why a short profile ends in `fail`, so that nobody takes it for a defect."""
     verdicts = [(t.record or {}).get("verdict") for t in ledger.state.trials.values() if t.role == "trial"]
@@ -372,7 +365,7 @@ def _interrupted(order: Order, ledger: Ledger, console: Console) -> int:
     if ledger.begun:
         ledger.append("end", status="interrupted")
         resume = order.command if order.given.resume else f"{order.command} --resume"
-        console.print(f"\nInterrupted; nothing finished is lost. Go on with: {resume}", soft_wrap=True)
+        console.print(f"\nInterrupted; nothing finished is lost. Go on with: {masked(resume)}", soft_wrap=True)
     else:
         console.print("\nInterrupted before the first trial; nothing was begun.")
     return INTERRUPTED

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import InputError
-from sweeps.journal import LOCK, NAME, Journal, SweepState, TrialState, check_free, read_events
+from sweeps.journal import CAMPAIGN, LOCK, NAME, Journal, SweepState, TrialState, check_free, read_events
 from sweeps.plan import Planned
 
 
@@ -120,6 +120,14 @@ def inspect(folder: Path, resume: bool, header: Mapping[str, Any]) -> SweepState
     state = SweepState.replay(folder / NAME)
     refuse_changed(folder.name, state.header, header)
     return state
+
+
+def campaign_began(folder: Path) -> str:
+    """When the campaign of a folder began, in seconds of Unix time, which tells it from others of its name; "" where
+    the folder is no campaign's.
+    """
+    first = next(read_events(folder / CAMPAIGN), None) if (folder / CAMPAIGN).is_file() else None
+    return f"{first['t']:.6f}" if first else ""
 
 
 def sweeps_in(storage: Path) -> Iterator[tuple[Path, SweepState]]:

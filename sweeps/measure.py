@@ -126,9 +126,9 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
             for done, (ref, trial) in enumerate(pending.items()):
                 progress.item(f"quality of {trial.exp_id}", done)
                 _merge(found[trial.trial_id], _wait([ref])[0], "quality")
-            alone = _alone(bench.cluster)
             for done, trial in enumerate(able):
                 if timed:
+                    alone = _alone(bench.cluster)  # anew: a spot node may have gone, and another of its kind come
                     progress.item(f"latency of {trial.exp_id}, alone on its device", len(able) + done)
                     result = _wait([alone.remote(measures.measure_latency, bench.job(trial))])[0]
                     _merge(found[trial.trial_id], result, "latency")
@@ -288,7 +288,8 @@ def _alone(cluster: Cluster) -> Any:
     """A Ray task that holds a whole node of the kind to measure on, always the same one, so that its times compare."""
     fitting = [node for node in nodes() if cluster.measures_on(node)]
     if not fitting:
-        raise InputError(f"--latency-on {cluster.latency_on}: its nodes are gone; add one and go on with --resume")
+        kind = f"--latency-on {cluster.latency_on}" if cluster.latency_on else "measuring"
+        raise InputError(f"{kind}: its nodes are gone; add one and go on with --resume")
     node = max(fitting, key=lambda node: (node.offers("GPU"), node.offers("CPU"), node.node_id))
     options: dict[str, Any] = {
         "num_cpus": max(1, int(node.offers("CPU"))),

@@ -47,8 +47,10 @@ class Outcome:
     def file(self, name: str) -> tuple[Path, str | None] | None:
         """A file that the sweep left and the trial that it is of; None where it is missing."""
         for path, trial_id in self.state.files.items():
-            if Path(path).name == name and (self.folder / path).is_file():
-                return self.folder / path, trial_id
+            found = self.folder / path
+            inside = found.resolve().is_relative_to(self.folder.resolve())  # the journal may be of somebody else
+            if Path(path).name == name and inside and found.is_file():
+                return found, trial_id
         return None
 
     def judged(self, task: Task) -> list[TrialState]:

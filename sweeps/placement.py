@@ -81,10 +81,12 @@ class Cluster:
     labels: Mapping[str, str] = field(default_factory=dict)
     latency_on: str | None = None
     workers: int = 1
+    gpu_memory: int | None = None
 
     def measures_on(self, node: Node) -> bool:
-        """Whether latency may be measured there."""
-        return self.latency_on is None or node.labels.get(TYPE) == self.latency_on
+        """Whether latency may be measured there: on a card of that type, and no smaller than trials asked for."""
+        large = self.gpu_memory is None or (node.memory or 0) >= self.gpu_memory
+        return large and (self.latency_on is None or node.labels.get(TYPE) == self.latency_on)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +171,8 @@ def place(asked: Placement, nodes: Sequence[Node], share: float, needs_gpu: bool
     if asked.latency_on is not None and not gpus:
         raise InputError(f"--latency-on {asked.latency_on}: these trials have no accelerator; leave it out")
     latency_on = _latency_type(asked, [node for node in fitting if _room(node, gpus, cpus)]) if gpus else None
-    return Cluster(slots, gpus, cpus, not gpus and asked == Placement(), asked.labels, latency_on, asked.workers)
+    alone = not gpus and asked == Placement()
+    return Cluster(slots, gpus, cpus, alone, asked.labels, latency_on, asked.workers, asked.gpu_memory)
 
 
 def _is_large(asked: Placement, node: Node) -> bool:

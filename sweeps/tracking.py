@@ -26,7 +26,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from engines.errors import InputError
 
@@ -53,6 +53,13 @@ ENVIRONMENT = {
 def default_uri(storage: str | Path) -> str:
     """The tracking address used when none is given: a sqlite file in the storage folder."""
     return f"sqlite:///{Path(storage).resolve() / 'mlflow.db'}"
+
+
+def masked(text: str) -> str:
+    """The text with the passwords of its addresses hidden, for screens, files and MLflow."""
+    text = re.sub(r"(://[^\s/:@]*:)\S+@", r"\1***@", text)
+    text = re.sub(r"(https?://)[^\s/:@]+@", r"\1***@", text)
+    return re.sub(r"(?i)([?&](?:password|passwd|pwd|token|secret)=)[^\s&'\"]+", r"\1***", text)
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -161,11 +168,16 @@ def _revisions() -> tuple[set[str], set[str]]:
 
 
 def _check_server(uri: str, timeout_s: float) -> None:
-    url = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name?experiment_name={EXPERIMENT}"
+    parts = urlsplit(uri)
+    server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    url = f"{server.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name?experiment_name={EXPERIMENT}"
     request = urllib.request.Request(url)
     user, token = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_TOKEN")
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    if parts.username:
+        user, password = unquote(parts.username), unquote(parts.password or "")
     if user:
-        pair = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+        pair = f"{user}:{password}"
         request.add_header("Authorization", "Basic " + base64.b64encode(pair.encode()).decode())
     elif token:
         request.add_header("Authorization", f"Bearer {token}")

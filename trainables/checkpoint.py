@@ -96,7 +96,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         return json.loads(header["config"]), weights
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: the 'config' in its header is not JSON ({error}); save the file again") from None
 
 
@@ -105,7 +105,11 @@ def config_and_weights(path: Path, content: dict[str, Any]) -> tuple[dict[str, A
     if "config" not in content or "model" not in content:
         keys = ", ".join(map(str, list(content)[:5]))
         raise InputError(f"{path}: expected the keys 'model' and 'config', found {keys}")
-    return content["config"], content["model"]
+    config, model = content["config"], content["model"]
+    named = isinstance(model, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in model.items())
+    if not isinstance(config, dict) or not named:
+        raise InputError(f"{path}: expected 'config' as names and values and 'model' as names and tensors")
+    return config, model
 
 
 def model_hash(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import socket
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -23,6 +24,7 @@ from ray.actor import exit_actor
 from ray.tune import Trainable
 from torch import Tensor, nn
 
+from engines.errors import InputError
 from trainables import checkpoint, fast_linear, memory, preemption, recompute
 from trainables.domain import Domain
 from trainables.gang import Gang
@@ -83,6 +85,9 @@ class Training(Trainable):
         self.gang.assemble(type(self), config)
         self.settings: dict[str, Any] = config["settings"]
         self.folder = Path(config["state_dir"])
+        sweep = self.folder.parent.parent  # the driver made it: on a host without the storage, ours would be private
+        if not sweep.is_dir():
+            raise InputError(f"{socket.gethostname()} does not see the storage {sweep}; mount it there")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.seed = int(config["seed"])
         self.epoch, self.best = 0, math.nan

@@ -30,6 +30,9 @@ BOMB = "a: &a [x, x, x, x]\n" + "".join(
         ("a: [1", "line 1: not YAML"),
         ("when: 2026-13-45", "not YAML"),
         ("\x00", "not YAML"),
+        ("!!bool maybe", "not YAML"),
+        ("!!int ''", "not YAML"),
+        ("!!timestamp foo", "not YAML"),
     ],
 )
 def test_hostile_yaml_is_refused_in_one_line(text: str, said: str, tmp_path: Path, monkeypatch) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from sweeps.catalogue import Needs, Stage, Task, drop
 from sweeps.conduct import Plan
-from sweeps.journal import CAMPAIGN, Journal, campaign_began
+from sweeps.journal import CAMPAIGN, Journal
+from sweeps.ledger import campaign_began
 from sweeps.mlflow_writer import Mirror
 from trainables.gates import Gate
 from trainables.record import Record

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sweeps.campaign import take_order
 from sweeps.catalogue import Needs, Stage, Task, drop
 from sweeps.conduct import Conductor, Plan
 from sweeps.journal import Journal, read_events
@@ -177,3 +179,13 @@ def test_an_error_in_the_campaign_leaves_no_stage_behind(tmp_path: Path) -> None
         Conductor(plan, journal, stages.said.append, full).run()
     ends = {e["stage"]: e["code"] for e in read_events(plan.folder / "campaign.jsonl") if e["event"] == "exit"}
     assert ends == {"a": 0, "b": -15}
+
+
+def test_the_stores_password_is_in_no_command_line(tmp_path: Path) -> None:
+    stages = Stages(tmp_path, {"a": []})
+    plan = replace(stages.campaign(), tracking_uri="postgresql://me:s3cret@127.0.0.1:9/db")
+    assert plan.environment["SLIMSWEEP_TRACKING_URI"] == plan.tracking_uri
+    assert "s3cret" not in str(plan.command(stages.stages[0]))
+    order = take_order(["--plan", "p", "--storage", str(tmp_path), "--tracking-uri", plan.tracking_uri],
+                       {"p": stages.stages}, "")  # fmt: skip
+    assert order.plan.tracking_uri == plan.tracking_uri and "s3cret" not in str(order.plan.command(stages.stages[0]))

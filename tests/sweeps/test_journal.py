@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 
 from engines.errors import InputError
 from sweeps import journal as journal_module
-from sweeps.journal import Journal, SweepState, read_events
+from sweeps.journal import Journal, SweepState, check_free, read_events
 from sweeps.ledger import Ledger
 
 HEADER = dict(sweep_id="s1", name="k", stage="K", domain="dust3r", profile="demo", config_hash="c", workload_hash="w")
@@ -119,6 +120,62 @@ def test_damage_in_the_middle_is_not_thrown_away(tmp_path):
         with pytest.raises(InputError, match="line 4"):
             read()
     assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize(("key", "name"), [("saves", "../../x.pth"), ("saves", "/tmp/x.pth"), ("trial_id", "../evil")])
+def test_a_journal_of_somebody_else_names_no_paths(tmp_path, key, name):
+    """Both become paths below the sweep's folder, which --resume writes."""
+    path = write_example(tmp_path)
+    event = {"t": 1.0, "event": "trial", **TRIAL, "trial_id": "c", key: name}
+    path.write_bytes(path.read_bytes() + json.dumps(event).encode() + b"\n")
+    with pytest.raises(InputError, match="is no plain name; it is not ours"):
+        SweepState.replay(path)
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "journal.lock"])
+def test_a_link_is_not_written_through(tmp_path, name):
+    victim, folder = tmp_path / "victim", tmp_path / "s"
+    victim.write_text("precious")
+    folder.mkdir()
+    (folder / name).symlink_to(victim)
+    with pytest.raises((InputError, OSError), match="symbolic links"):
+        Journal.open(folder)
+    assert victim.read_text() == "precious"
+
+
+def test_an_event_of_another_version_is_kept(tmp_path):
+    path = write_example(tmp_path)
+    path.write_bytes(path.read_bytes() + b'{"t":1,"event":"telepathy"}\n')
+    content = path.read_bytes()
+    with pytest.raises(InputError, match="event 'telepathy' is unknown or incomplete: of another version"):
+        Journal.open(tmp_path)
+    assert path.read_bytes() == content
+
+
+def test_a_file_system_without_locks_is_not_taken_for_a_held_one(tmp_path, monkeypatch):
+    write_example(tmp_path)
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for look in (lambda: Journal.open(tmp_path), lambda: check_free(tmp_path)):
+        with pytest.raises(InputError, match="no file locks .No locks available."):
+            look()
+
+
+def test_looking_at_a_lock_opens_it_as_nfs_wants_it(tmp_path, monkeypatch):
+    """NFS gives an exclusive lock on what is open for writing alone (flock(2))."""
+    write_example(tmp_path)
+    real = fcntl.flock
+
+    def flock(fd, how):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return real(fd, how)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    check_free(tmp_path)
 
 
 def test_zeros_after_a_power_cut_are_dropped(tmp_path):

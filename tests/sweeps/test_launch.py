@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from sweeps.journal import SweepState, read_events
-from sweeps.launch import comparing, masked
+from sweeps.launch import comparing
+from sweeps.tracking import masked
 from trainables.record import FIELDS, read_csv
 
 TOY = Path(__file__).with_name("toy_sweep.py")
@@ -304,6 +305,19 @@ def test_passwords_stay_off_the_screen() -> None:
     assert masked("k_grid --tracking-uri mysql+pymysql://a:b@h/d --seed 1") == (
         "k_grid --tracking-uri mysql+pymysql://a:***@h/d --seed 1"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://h/d?user=u&password=s3cret&x=1", "postgresql://h/d?user=u&password=***&x=1"),
+        ("http://t0ken@h:5000", "http://***@h:5000"),
+        ("x postgresql://u:p@ss/w@h/d y", "x postgresql://u:***@h/d y"),
+        ("http://host:5000", "http://host:5000"),
+    ],
+)
+def test_secrets_of_addresses_are_masked(text: str, shown: str) -> None:
+    assert masked(text) == shown
 
 
 def test_a_sweep_that_exists_needs_resume_and_the_same_settings(faulty: tuple[Path, str]) -> None:

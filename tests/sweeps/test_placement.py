@@ -48,6 +48,13 @@ def test_a_trial_of_40_gb_does_not_land_on_a_card_of_16() -> None:
         place(Placement(gpu_memory=40), [node("mute", 8, 1)], 1.0, needs_gpu=False)
 
 
+def test_latency_is_measured_on_a_card_that_is_large_enough() -> None:
+    other = node("other", 64, 8, "A100", 40)
+    large = node("large", 8, 1, "A100", 80)
+    found = place(Placement(gpu_memory=80), [HEAD, other, large], 1.0, needs_gpu=True)
+    assert found.measures_on(large) and not found.measures_on(other)
+
+
 def test_latency_is_measured_on_one_kind() -> None:
     with pytest.raises(InputError, match="--latency-on: the nodes have A100-80G, T4.*name one"):
         place(Placement(), [SMALL, LARGE], 1.0, needs_gpu=True)
