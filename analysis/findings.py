@@ -167,7 +167,7 @@ def _by_seeds(data: SweepData, params: Mapping[str, Mapping[str, str]]) -> list[
     trials = data.trials.filter((pl.col("role") == "trial") & pl.col("drop").is_finite() & pl.col("seed").is_not_null())
     tables: dict[str, dict[int, float]] = {}
     arms: dict[str, dict[str, str]] = {}
-    twice: list[str] = []
+    twice: dict[str, int] = {}  # arms with two trials of one seed: which counts is not for us to say
     rows = trials.select("run_id", "exp_id", "combo", "seed", "drop").rows()
     # A combo does not name an arm alone: a schedule has that of the weight it starts from.
     stems = {run: re.sub(r"_run\d+$", "", name) for run, name, *_ in rows}
@@ -177,17 +177,17 @@ def _by_seeds(data: SweepData, params: Mapping[str, Mapping[str, str]]) -> list[
     for run, _, combo, seed, drop in rows:
         arm = stems[run] if len(named[combo]) > 1 else str(combo)
         if seed in tables.get(arm, {}):
-            twice.append(f"{arm} has two trials of seed {seed}: they are not compared")
+            twice[arm] = seed
             continue
         # The error in units of the reference's, for a metric of which less is better.
         tables.setdefault(arm, {})[int(seed)] = 1 + drop
         own = params.get(run, {})
         arms[arm] = {key: own[key] for key in own if key not in ("combo", "seed")}
-    for arm in {said.partition(" has two ")[0] for said in twice}:
+    for arm in twice:
         del tables[arm], arms[arm]
     if len(tables) < 2 or max(map(len, tables.values())) < 2:
         return []
-    effects, why = [], [*twice]
+    effects, why = [], [f"{arm} has two trials of seed {seed}: they are not compared" for arm, seed in twice.items()]
     for wanted in contrasts(arms)[:_OF_ARMS]:
         try:
             effects.append(over_seeds(wanted, tables))

@@ -123,7 +123,7 @@ def _measured(plan: Plan, storage: Path) -> dict[str, tuple[float, int]]:
 
 def _alike(plan: Plan, stage: Stage, header: Mapping[str, Any]) -> bool:
     """Whether an earlier sweep of the stage was told the same: of other epochs or seeds it says little."""
-    words = shlex.split(str(header.get("command", "")))
+    words = shlex.split(str(header.get("command", "")).replace(" --set=", " --set "))
     told = parse_set([word for flag, word in itertools.pairwise(words) if flag == "--set"])
     given = parse_set([text for key, text in plan.overrides.items() if stage.knows(key)])
     filled = {need.setting for need in stage.needs}

@@ -183,6 +183,7 @@ def test_a_dry_run_says_which_hours_were_measured_here(
     [
         ("python sweeps/k_grid.py --profile demo", {}, [], True),
         ("python sweeps/k_grid.py --set epochs=2", {}, [], False),
+        ("python sweeps/k_grid.py --set=epochs=2", {}, [], False),
         ("python sweeps/k_grid.py", {}, ["epochs=400"], False),
         ("python sweeps/k_grid.py --set epochs=400 --resume", {}, ["epochs=400", "distance=5"], True),
         ("python sweeps/k_grid.py --seeds 2", {"seeds": 2}, [], False),
