@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -96,11 +97,20 @@ def lines(view: View) -> list[str]:
 def follow(tracking_uri: str, sweep: str, every_s: float, command: str | None, show: Callable[[View], None]) -> None:
     """Look again and again until the sweep has ended. command: run by the shell on every new verdict and every failure,
     with SLIMSWEEP_TRIAL and SLIMSWEEP_VERDICT (pass, fail, n/a) set; one that fails is said and disturbs nothing.
+
+    InputError where the first look finds no sweep. A store that is away later is said, and looked at again.
     """
     told: set[str] = set()
     first = True
     while True:
-        view = look(tracking_uri, sweep)
+        try:
+            view = look(tracking_uri, sweep)
+        except InputError as error:
+            if first:
+                raise
+            print(f"{time.strftime('%H:%M:%S')} {error}; looking again in {every_s:g} s", file=sys.stderr)
+            time.sleep(every_s)
+            continue
         show(view)
         for trial, verdict in view.verdicts.items():
             if trial not in told and command and not first:

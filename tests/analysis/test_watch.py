@@ -1,5 +1,6 @@
 """The screen of a sweep that still runs, and the command on a verdict."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,26 @@ def test_a_verdict_that_is_new_runs_the_command(uri: str, tmp_path: Path) -> Non
 
     watch.follow(uri, "long", 0.01, f'echo "$SLIMSWEEP_TRIAL $SLIMSWEEP_VERDICT" >> {out}', show)
     assert out.read_text() == "K_runs_run1 fail\n" and len(looks) == 3
+
+
+def test_a_store_that_is_away_for_a_while_is_looked_at_again(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, away = Path(uri.removeprefix("sqlite:///")), tmp_path / "away.db"
+    client = MlflowClient(tracking_uri=uri)
+    parent = next(r for r in client.search_runs(["0", "1"]) if r.info.run_name == "long").info.run_id
+    looks = []
+
+    def show(view: watch.View) -> None:
+        looks.append(view)
+        if len(looks) == 1:
+            client.set_terminated(parent)
+            store.rename(away)
+            threading.Timer(1.0, away.rename, [store]).start()
+
+    watch.follow(uri, "long", 0.2, None, show)
+    assert [view.status for view in looks] == ["RUNNING", "FINISHED"]
+    assert "looking again in 0.2 s" in capsys.readouterr().err
 
 
 def test_one_look_and_what_cannot_be(uri: str, capsys: pytest.CaptureFixture[str]) -> None:

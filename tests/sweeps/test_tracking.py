@@ -86,6 +86,21 @@ def test_a_sweep_in_sqlite_reads_as_promised(tmp_path, paper):
     assert not list(tmp_path.glob("mlflow.db-*")), "the store is left as one self-contained file"
 
 
+def test_links_where_its_files_lie_are_not_written_through(storage, paper):
+    """A folder from somebody else, gone on with --resume."""
+    sweep, victim = paper.Sweep(storage), storage / "victim"
+    sweep.whole("a")
+    victim.write_text("precious")
+    for name in ("tracking.log", "tracked.json", "tracked.json.tmp"):
+        (sweep.folder / name).symlink_to(victim)
+    tracker = Tracker(sweep.journal.path, default_uri(storage))
+    tracker.start()
+    assert tracker.flush(WAIT_S), tracker.problem
+    tracker.close()
+    assert victim.read_text() == "precious" and not (sweep.folder / "tracking.log").is_symlink()
+    assert json.loads((sweep.folder / "tracked.json").read_bytes())["problem"] is None
+
+
 def test_the_mirror_ends_with_a_driver_that_dies_and_finishes_its_work(storage, paper):
     sweep, uri = paper.Sweep(storage), default_uri(storage)
     sweep.whole("a")
