@@ -104,10 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _load(options: argparse.Namespace) -> "SweepData":
+def _load(options: argparse.Namespace, began: str = "") -> "SweepData":
     from analysis import store  # polars takes a while to import, which --help need not wait for
 
-    data = store.load_all(options.tracking_uri, options.sweep, options.campaign)
+    data = store.load_all(options.tracking_uri, options.sweep, options.campaign, began)
     for note in data.notes:
         print(note)
     return data
@@ -141,10 +141,12 @@ def _effects(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from analysis import report
+    from analysis import manifest, report
 
-    data = _load(options)
     folder = options.deliverables or _beside(options.tracking_uri, options.campaign)
+    known = manifest.Manifest.read(Path(folder) / manifest.NAME) if folder and options.campaign else None
+    # Of campaigns of one name the folder says which is meant.
+    data = _load(options, known.began if known and known.campaign == options.campaign else "")
     if options.campaign and not folder:
         print("no tasks of the plan and no ledger: give --deliverables FOLDER, which the campaign said at its end")
     for path in report.run(data, options.tracking_uri, options.out, folder):

@@ -94,8 +94,10 @@ def _row(ax: MplAxes, one: Effect, y: float) -> None:
     ax.plot(seeds, [y + 0.27] * len(seeds), linestyle="none", marker="o", markersize=3, color=mark.colour, alpha=0.7,
             markeredgewidth=0, zorder=4)  # fmt: skip
     ax.plot([100 * one.value], [y], linestyle="none", zorder=5, **_style(mark))
+    digits = 1 if max(abs(one.lo), abs(one.hi)) >= 0.01 else 2
+    value, lo, hi = (f"{100 * number:+.{digits}f}" for number in (one.value, one.lo, one.hi))
     ax.annotate(
-        f"{100 * one.value:+.1f} [{100 * one.lo:+.1f}, {100 * one.hi:+.1f}]", (1, y),
+        f"{value} [{lo}, {hi}]", (1, y),
         xycoords=("axes fraction", "data"), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9,
         color=style.INK if one.resolved else style.MUTED, annotation_clip=False,
     )  # fmt: skip

@@ -22,8 +22,10 @@ from analysis.importance import Importance, importances
 from analysis.importance import sentence as said_of
 from analysis.readers import Run, first_line, open_store
 from analysis.store import SweepData
+from trainables.gates import BROKEN
 from trainables.record import InputError
 
+_CUT = ("stop_loss", "asha")  # what ends a trial before it shows what it can reach; a plateau does not
 _OF_ARMS = 60  # contrasts at most that are computed from records: beyond, nobody reads them
 
 
@@ -163,8 +165,14 @@ def _json_files(uri: str, run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _by_seeds(data: SweepData, params: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """Effects of arms that ran with two or more seeds, from the records' errors."""
+    """Effects of arms that ran with two or more seeds, from the records' errors. Trials that broke or were cut short
+    are no measure of their arm: they are left out by name.
+    """
     trials = data.trials.filter((pl.col("role") == "trial") & pl.col("drop").is_finite() & pl.col("seed").is_not_null())
+    seeds = trials.group_by("combo").agg(pl.col("seed").n_unique())["seed"]
+    if len(seeds) and seeds.max() == 1:
+        return []
+    trials, left_out = _whole(trials)
     tables: dict[str, dict[int, float]] = {}
     arms: dict[str, dict[str, str]] = {}
     twice: dict[str, int] = {}  # arms with two trials of one seed: which counts is not for us to say
@@ -185,22 +193,35 @@ def _by_seeds(data: SweepData, params: Mapping[str, Mapping[str, str]]) -> list[
         arms[arm] = {key: own[key] for key in own if key not in ("combo", "seed")}
     for arm in twice:
         del tables[arm], arms[arm]
-    if len(tables) < 2 or max(map(len, tables.values())) < 2:
+    if not left_out and (len(tables) < 2 or max(map(len, tables.values())) < 2):
         return []
     effects, why = [], [f"{arm} has two trials of seed {seed}: they are not compared" for arm, seed in twice.items()]
+    why += left_out
     for wanted in contrasts(arms)[:_OF_ARMS]:
         try:
             effects.append(over_seeds(wanted, tables))
         except InputError as error:
             why.append(str(error))
     metric = data.settings.get("primary", "the error")
-    title = f"Arms against {next(iter(arms))}, paired by seed"
+    title = f"Arms against {next(iter(arms), 'one another')}, paired by seed"
     return [Finding(data.name, title, metric, f"{data.name}_effects", tuple(effects), why=tuple(dict.fromkeys(why)))]
+
+
+def _whole(trials: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """The trials that show what they can reach, and a line on each other one; an audited stop was run to its end."""
+    audited = pl.col("audit_epoch").is_not_null() if "audit_epoch" in trials.columns else pl.lit(False)
+    reason = pl.col("stop_reason")
+    broke = reason.is_in(list(BROKEN)) | (reason.is_in(_CUT) & ~audited)
+    gone = trials.filter(broke.fill_null(False)).select("exp_id", "stop_reason", "epochs").rows()
+    why = [f"{name} ended by {ended} after {epochs} epochs, and is left out" for name, ended, epochs in gone]
+    return trials.filter(~broke.fill_null(False)), why
 
 
 def _search(data: SweepData, params: Mapping[str, Mapping[str, str]]) -> list[Finding]:
     """What the searched parameters did to the drop and to latency."""
     trials = data.trials.filter((pl.col("role") == "trial") & pl.col("drop").is_finite())
+    trials = trials.filter(~pl.col("stop_reason").is_in(list(BROKEN)).fill_null(False))
+    cut = trials.filter(pl.col("stop_reason").is_in(_CUT).fill_null(False)).height
     runs = trials["run_id"].to_list()
     keys = [key for key in params.get(runs[0], {}) if key not in ("combo", "seed")] if runs else []
     inputs = {key: _typed([params.get(run, {}).get(key) for run in runs]) for key in keys}
@@ -211,10 +232,11 @@ def _search(data: SweepData, params: Mapping[str, Mapping[str, str]]) -> list[Fi
     for name, values in objectives.items():
         have = [i for i, value in enumerate(values) if value is not None]
         found += importances([rows[i] for i in have], name, [values[i] for i in have]) if varied else []
-    why = () if found else (f"{len(rows)} measured trials of {len(varied)} parameters are too few to tell",)
+    why = [] if found else [f"{len(rows)} measured trials of {len(varied)} parameters are too few to tell"]
+    why += [f"what the {cut} trials stopped early would have reached; their drops are of the stop"] if cut else []
     drawn = tuple({**row, **{name: values[i] for name, values in objectives.items()}} for i, row in enumerate(rows))
     title = "Searched parameters"
-    return [Finding(data.name, title, "drop", f"{data.name}_search", (), tuple(found), len(rows), drawn, why)]
+    return [Finding(data.name, title, "drop", f"{data.name}_search", (), tuple(found), len(rows), drawn, tuple(why))]
 
 
 def _typed(values: Sequence[str | None]) -> list[Any]:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import polars as pl
@@ -104,6 +105,8 @@ def record_of(run: Run) -> dict[str, Any] | None:
             value = record.get(key)
             if value not in (None, *_NONFINITE) and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{key} is {value!r}, expected a number")
+        if record.get("datetime"):
+            datetime.fromisoformat(record["datetime"])
     except (ValueError, TypeError) as error:
         raise InputError(
             f"run {run.run_id} ({run.name}): its tag 'record' is not a record ({error}); "

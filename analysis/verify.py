@@ -292,12 +292,16 @@ def _lines(manifest: Manifest, records: Mapping[str, Record]) -> Iterator[tuple[
         if verdict.verdict != row.verdict:
             yield f"{row.task}: {NAME} says {row.verdict}, the table {verdict.verdict}. {verdict.detail}", True
         elif verdict.verdict == "fail":
-            yield f"{row.task}: missed its hard line. {verdict.detail}", manifest.profile != SHORT
+            what, serious = ("missed its hard line", manifest.profile != SHORT) if row.lines else ("failed", True)
+            yield f"{row.task}: {what}. {verdict.detail}", serious
 
 
 def _judge(row: Row, records: Sequence[Record]) -> Verdict:
     """As the campaign judged: one of the trials meets all lines; without lines, what the one record itself says."""
     if not row.lines:
-        own = records[0] if len(records) == 1 and row.verdict != "n/a" else None
-        return Verdict(str(own.verdict), str(own.verdict_detail)) if own else Verdict("n/a", "")
+        if len(records) == 1 and row.verdict != "n/a":
+            return Verdict(str(records[0].verdict), str(records[0].verdict_detail))
+        if not records:  # nothing was measured: nobody would claim that without a reason
+            return Verdict("fail" if row.verdict == "fail" else "n/a", row.detail)
+        return Verdict(judge_any(records, ()).verdict, row.detail)
     return judge_any(records, [line.gate for line in row.lines])

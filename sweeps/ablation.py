@@ -13,6 +13,7 @@ from analysis.contrasts import Comparison
 from engines.errors import InputError
 from sweeps.ledger import Ledger
 from sweeps.spec import Sweep
+from trainables.gates import BROKEN
 
 if TYPE_CHECKING:
     from analysis.effects import Effect
@@ -39,24 +40,36 @@ class Found:
 def found(sweep: Sweep, ledger: Ledger) -> list[Found]:
     """The effects of every comparison of the sweep, as far as its arms were measured; empty where it is no ablation."""
     wanted = sweep.all_comparisons
-    tables = measured(ledger) if wanted else {}
-    return [_compare(comparison, tables) for comparison in wanted]
+    tables, broken = (measured(ledger), _broken(ledger)) if wanted else ({}, [])
+    return [_compare(comparison, tables, broken) for comparison in wanted]
 
 
 def measured(ledger: Ledger) -> Tables:
-    """The costs per test sample of all measured trials, by arm and seed."""
+    """The costs per test sample of all measured trials, by arm and seed. Half-trained weights of a trial that broke say
+    nothing of its arm.
+    """
     tables: Tables = {}
     for trial in ledger.state.trials.values():
         path = ledger.state_dir(trial.trial_id) / TEST_COSTS
-        if trial.role == "trial" and trial.record and path.is_file():
+        if trial.role == "trial" and trial.record and path.is_file() and trial.record.get("stop_reason") not in BROKEN:
             tables.setdefault(str(trial.record["combo"]), {})[trial.record["seed"]] = np.load(path)
     return tables
 
 
-def _compare(comparison: Comparison, tables: Tables) -> Found:
+def _broken(ledger: Ledger) -> list[tuple[str, str]]:
+    """The trials that broke: their arm, and a line for each."""
+    records = [trial.record for trial in ledger.state.trials.values() if trial.role == "trial" and trial.record]
+    return [
+        (str(one["combo"]), f"{one['exp_id']} ended by {one['stop_reason']} after {one['epochs']} epochs: left out")
+        for one in records
+        if one.get("stop_reason") in BROKEN
+    ]
+
+
+def _compare(comparison: Comparison, tables: Tables, broken: Sequence[tuple[str, str]]) -> Found:
     from analysis.effects import paired  # scipy takes a while to import
 
-    effects, why = [], []
+    effects, why = [], [line for arm, line in broken if arm in comparison.arms]
     for contrast in comparison.contrasts:
         try:
             effects.append(paired(contrast, tables))

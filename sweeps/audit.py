@@ -25,7 +25,8 @@ def fields(trial: TrialState, budget: float) -> dict[str, int]:
     """
     if trial.audit is None or trial.stop is None:
         return {}
-    return {"audit_epoch": trial.audit[0], "audit_met": int(trial.best_drop <= budget)}
+    met = trial.best_drop <= budget and trial.stop[1] != "diverged"
+    return {"audit_epoch": trial.audit[0], "audit_met": int(met)}
 
 
 @dataclass(frozen=True)

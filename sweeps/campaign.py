@@ -20,6 +20,7 @@ from sweeps.interrupts import INTERRUPTED, from_now_on, interruptible  # before 
 
 # isort: split
 import contextlib
+import math
 import shlex
 import subprocess
 import sys
@@ -243,24 +244,27 @@ def _collect(plan: Plan, held: Mapping[str, str]) -> deliverables.Delivered:
     return deliverables.write(plan, _walls(plan), held)
 
 
-def _walls(plan: Plan) -> dict[str, float]:
-    """Seconds by the clock of each stage, of all its starts. Where the campaign was killed nobody saw a stage end: it
-    lasted until a later campaign, which waited for it, did; else until the last event of its own journal.
+def _walls(plan: Plan) -> dict[str, list[tuple[float, float]]]:
+    """When each stage was at work, of all its starts. Where the campaign was killed nobody saw a stage end: it lasted
+    until a later campaign, which waited for it, did; else until the last event of its own journal.
     """
-    wall_s: dict[str, float] = {}
+    spans: dict[str, list[tuple[float, float]]] = {}
     began: dict[str, float] = {}  # starts that have no end yet
     for event in read_events(plan.folder / CAMPAIGN):
         if event["event"] not in ("start", "exit"):
             continue
-        stage, took = event["stage"], event.get("wall_s", 0.0)
-        since = began.pop(stage, None)
+        stage, t = event["stage"], event["t"]
+        since, until = began.pop(stage, t), t
         if event["event"] == "start":
-            began[stage] = event["t"]
-            took = 0.0 if since is None else _heard(plan, stage, event["t"]) - since
-        elif event["code"] is None and since is not None:
-            took = event["t"] - since
-        wall_s[stage] = wall_s.get(stage, 0.0) + max(took, 0.0)
-    return {stage: seconds for stage, seconds in wall_s.items() if seconds}
+            began[stage] = t
+            until = _heard(plan, stage, t)
+        elif event["code"] is not None:
+            since = t - event["wall_s"]
+        spans.setdefault(stage, []).append((since, until))
+    for stage, since in began.items():  # nobody started it again
+        spans.setdefault(stage, []).append((since, _heard(plan, stage, math.inf)))
+    whole = {stage: [span for span in found if span[1] > span[0]] for stage, found in spans.items()}
+    return {stage: found for stage, found in whole.items() if found}
 
 
 def _heard(plan: Plan, stage: str, before: float) -> float:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engines.errors import InputError
@@ -17,7 +17,7 @@ from sweeps.catalogue import Needs, Stage, stage_of
 from sweeps.interrupts import INTERRUPTED
 from sweeps.journal import Journal, check_free
 from sweeps.outcome import Outcome
-from sweeps.tracking import URI
+from sweeps.tracking import URI, masked
 
 POLL_S = 0.3
 PATIENCE_S = 120.0  # for a stage that was told to end: it finishes no epoch, but its files and MLflow
@@ -52,7 +52,23 @@ class Plan:
 
     def outcome(self, stage: Stage) -> Outcome:
         """What the stage has come to by now."""
-        return Outcome.read(stage, self.sweep_folder(stage))
+        found = Outcome.read(stage, self.sweep_folder(stage))
+        return replace(found, stale=self._stale(found))
+
+    def _stale(self, outcome: Outcome) -> str | None:
+        """Why the stage is not of what the campaign has now: it was made from a file that was replaced since."""
+        for need in outcome.stage.needs if outcome.begun else ():
+            source = self.source(need)
+            file = source.file(need.file) if need.file else None
+            owner = source.state.trials.get(file[1] or "") if file else None
+            now = owner.record.get("weights") if owner and owner.record else None
+            then = (outcome.state.header.get("settings") or {}).get(f"{need.setting}_content")
+            if now and then and now != then:
+                return (
+                    f"made from another {need.file} than {source.stage.id} has now; "
+                    f"move {outcome.folder} away, and --resume makes it anew"
+                )
+        return None
 
     def source(self, need: Needs) -> Outcome:
         """What the stage that is needed has come to."""
@@ -67,6 +83,8 @@ class Plan:
         """What to type for the stage, with --resume if it was begun."""
         words = [sys.executable, str(stage.path), "--profile", self.profile, "--seed", str(self.seed), *self.flags]
         words += ["--campaign", self.name]
+        # For whoever types it again; an address with a password is in the environment alone.
+        words += ["--tracking-uri", self.tracking_uri] if masked(self.tracking_uri) == self.tracking_uri else []
         settings = [text for key, text in self.overrides.items() if stage.knows(key)]
         for need in stage.needs:
             found = self.source(need).file(need.file) if need.file else None
@@ -109,11 +127,13 @@ class Conductor:
         ready: list[Stage] = []
         for stage in list(self._waiting):
             outcome = self.plan.outcome(stage)
-            if outcome.finished and outcome.mirrored:
+            if outcome.finished and outcome.mirrored(self.plan.tracking_uri):
                 self._waiting.remove(stage)
                 self._say(f"{stage.id}: finished before")
                 continue
             why = self._hold(stage)
+            if why is None:
+                why = outcome.stale
             if why is None and len(self._running) + len(ready) < self.plan.width:
                 ready.append(stage)
             elif why:

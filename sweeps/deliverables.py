@@ -20,7 +20,7 @@ from engines.errors import InputError
 from sweeps import hours
 from sweeps.catalogue import Stage
 from sweeps.conduct import Plan
-from sweeps.hours import Account, TrialHours
+from sweeps.hours import Account, Spans, TrialHours
 from sweeps.launch import git_commit
 from sweeps.ledger import campaign_began
 from sweeps.outcome import Outcome
@@ -43,9 +43,9 @@ class Delivered:
     report: Path | None = None
 
 
-def write(plan: Plan, wall_s: Mapping[str, float], held: Mapping[str, str]) -> Delivered:
-    """Collect what the campaign has so far. wall_s: by stage, of all its starts. held: why a stage did
-    not run or did not end, by stage.
+def write(plan: Plan, walls: Mapping[str, Spans], held: Mapping[str, str]) -> Delivered:
+    """Collect what the campaign has so far. walls: when each stage was at work, of all its starts. held: why a stage
+    did not run or did not end, by stage.
 
     Files that an earlier call wrote and that no longer belong are removed, and so is an earlier report, which knows
     nothing of what ran since; anything else in the folder stays.
@@ -60,7 +60,7 @@ def write(plan: Plan, wall_s: Mapping[str, float], held: Mapping[str, str]) -> D
     files = [file for outcome in outcomes for file in _deliver(outcome, folder, runs)]
     records = [record for outcome in outcomes for record in _records(outcome, runs)]
     write_csv(folder / TABLE, records)
-    total, stages, rows = accounts(plan, outcomes, wall_s)
+    total, stages, rows = accounts(plan, outcomes, walls)
     _put(folder / LEDGER[0], lambda path: path.write_text(json.dumps(hours.as_data(total, stages, rows), indent=1)))
     _put(folder / LEDGER[1], lambda path: path.write_text(hours.as_csv(rows)))
     files += [_described(folder / name) for name in (TABLE, *LEDGER)]
@@ -103,7 +103,7 @@ def draw_report(found: Delivered, tracking_uri: str) -> Delivered:
 
 
 def accounts(
-    plan: Plan, outcomes: Sequence[Outcome], wall_s: Mapping[str, float]
+    plan: Plan, outcomes: Sequence[Outcome], walls: Mapping[str, Spans]
 ) -> tuple[Account, tuple[Account, ...], list[TrialHours]]:
     """The hours of the campaign, of its stages that have begun, and of their trials."""
     rows, stages = [], []
@@ -112,8 +112,9 @@ def accounts(
         own = hours.of_trials(stage.id, outcome.state)
         rows += own
         estimated, audit = hours.estimate(stage, plan.profile), hours.audited(outcome.state)
-        stages.append(hours.account(stage.id, own, wall_s.get(stage.id), estimated, audit))
-    return hours.together(plan.name, stages, rows), tuple(stages), rows
+        stages.append(hours.account(stage.id, own, walls.get(stage.id, ()), estimated, audit))
+    whole = [span for spans in walls.values() for span in spans]
+    return hours.together(plan.name, stages, rows, whole), tuple(stages), rows
 
 
 def run_ids(plan: Plan) -> RunIds:

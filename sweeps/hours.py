@@ -17,6 +17,8 @@ from sweeps.audit import FalseStops
 from sweeps.catalogue import Stage
 from sweeps.journal import SweepState, TrialState
 
+Spans = Sequence[tuple[float, float]]  # from and to, in seconds of the clock
+
 
 @dataclass(frozen=True)
 class TrialHours:
@@ -96,10 +98,9 @@ def of_trials(stage: str, state: SweepState) -> list[TrialHours]:
         reason = trial.stop[1] if trial.stop else ""
         planned = int(state.header.get("epochs") or done)
         left = max(0, planned - done) if reason not in ("", "completed") else 0
-        unit = "GPU" if on_gpu(trial) else "CPU"
-        row = TrialHours(
-            stage, trial.task_id, trial.exp_id, unit, hours, done, planned, reason, hours / len(trial.results) * left
-        )
+        gpu = on_gpu(trial)
+        unit, counted = "GPU" if gpu else "CPU", sum(("gpus" in metrics) == gpu for _, metrics in trial.results)
+        row = TrialHours(stage, trial.task_id, trial.exp_id, unit, hours, done, planned, reason, hours / counted * left)
         found.append(row)
     return found
 
@@ -120,7 +121,7 @@ def audited(state: SweepState) -> FalseStops | None:
 def account(
     name: str,
     rows: Sequence[TrialHours],
-    wall_s: float | None,
+    walls: Spans,
     estimated: tuple[float, float] | None,
     audit: FalseStops | None = None,
 ) -> Account:
@@ -131,18 +132,26 @@ def account(
             saved[row.stop_reason] = saved.get(row.stop_reason, 0.0) + row.saved
     unit = " and ".join(sorted({row.unit for row in rows})) or "CPU"
     hours = sum(row.hours for row in rows)
-    return Account(name, unit, len(rows), hours, saved, None if wall_s is None else wall_s / 3600, estimated, audit)
+    return Account(name, unit, len(rows), hours, saved, _by_the_clock(walls), estimated, audit)
 
 
-def together(name: str, accounts: Sequence[Account], rows: Sequence[TrialHours]) -> Account:
+def _by_the_clock(spans: Spans) -> float | None:
+    """Hours that lie in any of the spans: stages side by side take the time of one."""
+    covered, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        covered += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return covered / 3600 if spans else None
+
+
+def together(name: str, accounts: Sequence[Account], rows: Sequence[TrialHours], walls: Spans) -> Account:
     """The sum of stages; of the estimate only where all stages have one."""
-    walls = [one.wall_h for one in accounts if one.wall_h is not None]
     known = [one.estimate for one in accounts if one.estimate]
     whole = (sum(low for low, _ in known), sum(high for _, high in known))
     audits = [one.audit for one in accounts if one.audit]
     audit = FalseStops(sum(one.audited for one in audits), sum(one.false for one in audits)) if audits else None
     estimated = whole if len(known) == len(accounts) else None
-    return account(name, rows, 3600 * sum(walls) if walls else None, estimated, audit)
+    return account(name, rows, walls, estimated, audit)
 
 
 def as_data(total: Account, stages: Iterable[Account], rows: Iterable[TrialHours]) -> dict[str, Any]:

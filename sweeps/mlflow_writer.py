@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps import mlflow_content as content
 from sweeps.journal import SweepState, parse
-from sweeps.tracking import CURSOR, EXPERIMENT, URI, lock_of, sqlite_path
+from sweeps.tracking import CURSOR, EXPERIMENT, URI, lock_of, noted, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -135,7 +135,7 @@ class Mirror:
         if problem:
             left = self.offset - self.synced
             problem = f"{' '.join(problem.split())[:300]} ({left} bytes of the journal are not yet in MLflow)"
-        cursor = {"pid": os.getpid(), "uri": self.uri, "sweep_id": self.state.header.get("sweep_id")}
+        cursor = {"pid": os.getpid(), "uri": noted(self.uri), "sweep_id": self.state.header.get("sweep_id")}
         partial = self.journal.parent / f"{CURSOR}.tmp"
         with contextlib.suppress(OSError):  # a full disk must not end the mirror: the file only saves work
             partial.unlink(missing_ok=True)  # a link there, in a folder from others, would lead anywhere
@@ -164,7 +164,7 @@ class Mirror:
                 found = client.get_experiment_by_name(EXPERIMENT)
             self._experiment = found.experiment_id if found else ""
         earlier = self._earlier
-        same = earlier.get("uri") == self.uri and earlier.get("sweep_id") == self.state.header["sweep_id"]
+        same = earlier.get("uri") == noted(self.uri) and earlier.get("sweep_id") == self.state.header["sweep_id"]
         sent = earlier.get("offset", 0) if same and not earlier.get("problem") else 0
         for key, known in self._search(client):
             run = self._runs.setdefault(key, _Run())

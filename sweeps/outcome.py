@@ -6,18 +6,21 @@ from pathlib import Path
 
 from sweeps.catalogue import Stage, Task
 from sweeps.journal import NAME, SweepState, TrialState
-from sweeps.tracking import CURSOR
-from trainables.gates import Verdict, judge_any
+from sweeps.tracking import CURSOR, noted
+from trainables.gates import BROKEN, Verdict, judge_any
 from trainables.record import Record
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A stage, the folder of its sweep, and what the journal there says; an empty state before its first line."""
+    """A stage, the folder of its sweep, and what the journal there says; an empty state before its first line. stale:
+    why what it left is not of this campaign any more.
+    """
 
     stage: Stage
     folder: Path
     state: SweepState
+    stale: str | None = None
 
     @classmethod
     def read(cls, stage: Stage, folder: Path) -> "Outcome":
@@ -32,15 +35,18 @@ class Outcome:
 
     @property
     def finished(self) -> bool:
-        """Whether the sweep came to its end."""
-        return self.state.ended == "finished"
+        """Whether the sweep came to its end, and from what the campaign has."""
+        return self.state.ended == "finished" and not self.stale
 
-    @property
-    def mirrored(self) -> bool:
-        """Whether MLflow is known to have all of the journal; a start with --resume sends the rest."""
+    def mirrored(self, tracking_uri: str) -> bool:
+        """Whether this MLflow is known to have all of the journal; a start with --resume sends the rest."""
         try:
             cursor = json.loads((self.folder / CURSOR).read_bytes())
-            return not cursor["problem"] and bool(cursor["offset"] >= (self.folder / NAME).stat().st_size)
+            return (
+                cursor["uri"] == noted(tracking_uri)
+                and not cursor["problem"]
+                and bool(cursor["offset"] >= (self.folder / NAME).stat().st_size)
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -72,14 +78,24 @@ class Outcome:
         The teacher's own record is judged by its sweep.
         """
         if not self.finished:
-            return Verdict("n/a", "not finished" if self.begun else "not started")
+            return Verdict("n/a", self.stale or ("not finished" if self.begun else "not started"))
         records = [(trial.role, trial.record) for trial in self.judged(task) if trial.record]
         if [role for role, _ in records] == ["teacher"]:
             record = records[0][1]
             return Verdict(str(record.get("verdict")), str(record.get("verdict_detail")))
         if not task.gates:
-            return Verdict("n/a", "no hard line")
+            return self._ungated()
         return judge_any((Record.from_dict(record) for _, record in records), task.gates)
+
+    def _ungated(self) -> Verdict:
+        """Of a task without a hard line: it fails only where no trial came to an end of its own."""
+        trials = [trial for trial in self.state.trials.values() if trial.role == "trial"]
+        broken = [trial for trial in trials if not trial.record or trial.record.get("stop_reason") in BROKEN]
+        if not broken:
+            return Verdict("n/a", "no hard line")
+        why = ", ".join(f"{trial.exp_id} {trial.stop[1] if trial.stop else 'failed'}" for trial in broken[:3])
+        said = f"{len(broken)} of {len(trials)} trials broke: {why}{', ...' * (len(broken) > 3)}"
+        return Verdict("fail" if len(broken) == len(trials) else "n/a", f"no hard line; {said}")
 
     def missing(self, task: Task) -> list[str]:
         """Files of the task that the sweep did not leave, each with the reason where one is known."""

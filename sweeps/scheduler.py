@@ -137,6 +137,8 @@ class StopLossScheduler(FIFOScheduler):
         """Reason and detail of an audited trial at its end."""
         epoch, reason, detail = self.audit.due[trial_id]
         history = self.histories[trial_id]
+        if not is_finite(history[-1]):
+            return "diverged", f"audited after evaluation {epoch} ({detail}), it diverged at {len(history)}"
         met = "met" if best_drop(history) <= self.rule.budget else "not met"
         return reason, f"{detail}; audited, it ran on from evaluation {epoch} to {len(history)}: budget {met}"
 

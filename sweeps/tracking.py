@@ -72,6 +72,12 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(path).resolve()
 
 
+def noted(uri: str) -> str:
+    """The address as the mirror notes it beside the journal: the whole path of a sqlite file, no password."""
+    path = sqlite_path(uri)
+    return f"sqlite:///{path}" if path else masked(uri)
+
+
 def lock_of(database: Path) -> Path:
     """The file that a mirror locks while MLflow makes or changes the tables of a sqlite file."""
     return database.with_name(f"{database.name}.lock")

@@ -94,14 +94,18 @@ def test_hours_of_an_accelerator_are_the_clocks(empty_uri, tmp_path) -> None:
         assert rows(copied, DAY)["K_T3B05_run1"][5] == said
 
 
-def test_a_record_that_was_edited_is_one_line(empty_uri, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [({"drop": "small"}, "drop is 'small', expected a number"), ({"datetime": "yesterday"}, "isoformat.*'yesterday'")],
+)
+def test_a_record_that_was_edited_is_one_line(empty_uri, tmp_path, edit: dict, said: str) -> None:
     copied = copy_store(empty_uri, tmp_path)
     client = MlflowClient(tracking_uri=copied)
     parent = log_sweep(copied, "edited", [(record("K_T3B05_run1", datetime=stamp(DAY)), [])])
     run = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'")[0]
-    client.set_tag(run.info.run_id, "record", json.dumps(json.loads(run.data.tags["record"]) | {"drop": "small"}))
+    client.set_tag(run.info.run_id, "record", json.dumps(json.loads(run.data.tags["record"]) | edit))
     for read in (lambda: daily.compute(copied, DAY), lambda: load(copied, "edited")):
-        with pytest.raises(InputError, match=r"K_T3B05_run1.*drop is 'small', expected a number"):
+        with pytest.raises(InputError, match=rf"K_T3B05_run1.*{said}"):
             read()
 
 

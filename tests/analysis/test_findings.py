@@ -131,6 +131,30 @@ def test_arms_of_one_combo_are_kept_apart(empty_uri: str, tmp_path: Path, capsys
     assert "T9B05 has two trials of seed 1: they are not compared" in said
 
 
+def test_trials_that_broke_or_were_cut_short_are_no_measure_of_their_arm(
+    empty_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri, drops = copy_store(empty_uri, tmp_path), {"drop_lo": None, "drop_hi": None}
+    ends = {("A", 1): "out_of_memory", ("C", 1): "stop_loss", ("C", 2): "asha", ("C", 3): "stop_loss"}
+    trials = [
+        (
+            record(
+                f"K_{arm}_run{seed}", combo=arm, seed=seed, epochs=2, stop_reason=ends.get((arm, seed), "plateau"),
+                drop=0.9 if (arm, seed) in ends else drop + 0.001 * seed, **drops,
+            ),
+            [],
+        )
+        for arm, drop in {"B": 0.0, "A": 0.1, "C": 0.9}.items()
+        for seed in (1, 2, 3)
+    ]  # fmt: skip
+    log_sweep(uri, "s", trials)
+    assert main(["effects", "--tracking-uri", uri, "--sweep", "s", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "A is worse than B: the error changes by +9.98 %" in said and "(2 seeds, the same test samples)" in said
+    assert "Not compared: K_A_run1 ended by out_of_memory after 2 epochs, and is left out." in said
+    assert said.count("and is left out") == 4 and "C is worse" not in said
+
+
 def test_effects_that_a_sweep_logged_are_shown_as_they_are(fresh: Fresh, tmp_path: Path) -> None:
     uri = fresh("abl", [(record("K_a_run1"), [])])
     rng = np.random.default_rng(0)

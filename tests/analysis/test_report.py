@@ -137,6 +137,25 @@ def test_a_sweep_that_still_runs_is_said_to(fresh: Fresh, tmp_path: Path, capsys
     assert "k is running, or its driver was killed" in (tmp_path / "report.md").read_text()
 
 
+def test_the_folder_says_which_of_two_campaigns_of_one_name_is_meant(
+    empty_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from logged_sweep import copy_store
+
+    uri = copy_store(empty_uri, tmp_path)
+    for name, began, trials in (("k", "1.0", three()), ("k", "2.0", three()[:1])):
+        run = log_sweep(uri, name, trials)
+        MlflowClient(tracking_uri=uri).set_tag(run, "campaign", CAMPAIGN)
+        MlflowClient(tracking_uri=uri).set_tag(run, "campaign_began", began)
+    folder = Path(deliver(tmp_path / "of the first", LEDGER))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"began": "1.0"}))
+    given = ["report", "--tracking-uri", uri, "--campaign", CAMPAIGN, "--deliverables", str(folder)]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# Report: night\n\nOne sweep · 3 trials: ")
+
+
 def test_deliverables_that_are_none_or_of_another_are_one_line(
     fresh: Fresh, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

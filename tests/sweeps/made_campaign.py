@@ -31,7 +31,8 @@ def sweep(plan: Plan, stage: Stage, trials: list[dict], profile: str) -> None:
     name, began = folder.name, campaign_began(plan.folder)
     journal.append(
         "sweep", sweep_id=f"id-{name}{began}", name=name, stage=stage.id, domain="dust3r", profile=profile, epochs=10,
-        campaign=plan.name, campaign_began=began, config_hash="c", workload_hash="w1", settings={"lr": 0.1},
+        campaign=plan.name, campaign_began=began, config_hash="c", workload_hash="w1",
+        settings={"lr": 0.1} | ({"model_content": "of K_good_run1"} if stage.needs else {}),
     )  # fmt: skip
     (folder / "files").mkdir()
     for number, given in enumerate(trials):
@@ -47,7 +48,8 @@ def sweep(plan: Plan, stage: Stage, trials: list[dict], profile: str) -> None:
                         absrel=0.125, stop_reason=reason, epochs=given["epochs"], workload_hash="w1",
                         drop=given["drop"], verdict="pass" if given["drop"] <= 0.01 else "fail",
                         datetime="2026-03-01T12:00:00+01:00", **NOTED,
-                        extra={"cpu_hours": 0.1 * given["epochs"], "p50_ratio_fp32": 2.5})  # fmt: skip
+                        extra={"cpu_hours": 0.1 * given["epochs"], "p50_ratio_fp32": 2.5,
+                               "weights": f"of {given['exp_id']}"})  # fmt: skip
         journal.append("record", trial_id=trial_id, record=record.to_dict())
         for file in given["files"]:
             (folder / "files" / file).write_text(f"{file} of {given['exp_id']}")

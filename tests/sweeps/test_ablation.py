@@ -1,14 +1,20 @@
 """An ablation's sweep: every arm under every seed, effects in the log and on the screen, files by their suffix."""
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from analysis.contrasts import Comparison, against
+from sweeps.ablation import found
 from sweeps.journal import NAME, SweepState
+from sweeps.ledger import Ledger
 
 TOY = Path(__file__).parent / "toy_sweep.py"
 
@@ -40,6 +46,21 @@ def test_effects_are_in_the_log_and_on_the_screen(arms):
     assert effect["arm"] == "out" and effect["reference"] == "kept" and len(effect["by_seed"]) == 3
     assert effect["value"] == pytest.approx(0.2, abs=0.01) and 0 < effect["lo"] < effect["value"] < effect["hi"]
     assert effect["says"] in arms[1] and "out is worse than kept" in effect["says"]
+
+
+def test_a_trial_that_broke_is_no_measure_of_its_arm(arms, tmp_path):
+    folder = tmp_path / arms[0].name
+    shutil.copytree(arms[0], folder)
+    sweep = SimpleNamespace(all_comparisons=(Comparison("log.json", "Effects", (against("out", "kept"),)),))
+    with contextlib.closing(Ledger.open(folder, resume=True).journal) as journal:
+        (broken,) = [t for t in SweepState.replay(folder / NAME).trials.values() if t.exp_id == "T_out_run1"]
+        record = {**broken.record, "stop_reason": "out_of_memory", "epochs": 1}
+        journal.append("record", trial_id=broken.trial_id, record=record)
+    ledger = Ledger.open(folder, resume=True)
+    ledger.journal.close()
+    (one,) = found(sweep, ledger)
+    assert [len(effect.by_seed) for effect in one.effects] == [2]
+    assert one.why == ("T_out_run1 ended by out_of_memory after 1 epochs: left out",)
 
 
 def test_files_follow_their_suffix_and_the_engine_brings_its_manifest_and_source(arms):

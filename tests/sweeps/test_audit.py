@@ -1,10 +1,12 @@
 """The audit of the stop-loss: who is chosen, what is counted, and a whole sweep with real Ray and real MLflow."""
 
 import json
+import math
 import os
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,8 @@ def trial(drops: list[float], audit: int | None, over: bool = True) -> TrialStat
 def test_a_false_stop_is_an_audited_trial_that_met_the_budget_after_all() -> None:
     assert fields(trial([0.3, 0.2, 0.009, 0.4], audit=2), 0.01) == {"audit_epoch": 2, "audit_met": 1}
     assert fields(trial([0.3, 0.2, 0.011], audit=2), 0.01)["audit_met"] == 0
+    gone = replace(trial([0.3, 0.2, 0.009, math.nan], audit=2), stop=(4, "diverged", ""))
+    assert fields(gone, 0.01)["audit_met"] == 0, "a run that diverges meets no gate"
     assert fields(trial([0.3, 0.2], audit=None), 0.01) == fields(trial([0.3, 0.2], audit=2, over=False), 0.01) == {}
     trials = [trial([0.3, 0.009], 1), trial([0.3, 0.2], 1), trial([0.3], None), trial([0.3, 0.2], 1)]
     assert false_stops(trials, 0.01) == FalseStops(audited=3, false=1)

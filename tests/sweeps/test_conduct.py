@@ -12,11 +12,13 @@ from sweeps.campaign import take_order
 from sweeps.catalogue import Needs, Stage, Task, drop
 from sweeps.conduct import Conductor, Plan
 from sweeps.journal import Journal, read_events
+from sweeps.tracking import noted
 
 SCRIPT = '''"""Writes what it was told and a sweep's journal, as the text file beside it says."""
 import json, os, sys, time
 from pathlib import Path
 from sweeps.journal import Journal
+from sweeps.tracking import URI, noted
 
 own, words = Path(sys.argv[0]), sys.argv[1:]
 flags = dict(zip(words, words[1:]))
@@ -51,7 +53,7 @@ with Journal.open(folder) as journal:
         journal.append("file", path=f"files/{file}", trial_id="t")
     journal.append("end", status="finished")
     size = journal.path.stat().st_size
-(folder / "tracked.json").write_text(json.dumps({"offset": size, "problem": None}))
+(folder / "tracked.json").write_text(json.dumps({"offset": size, "problem": None, "uri": noted(os.environ[URI])}))
 '''
 
 
@@ -135,7 +137,7 @@ def test_a_stage_that_outlived_its_campaign_is_waited_for(tmp_path: Path) -> Non
     """Started by hand here, as one is left by a campaign that was killed; it ends once it is seen to be waited for."""
     stages = Stages(tmp_path, {"a": [], "b": [Needs("a", file="a.pth", setting="model")]}, a={"waits": True})
     plan = stages.campaign()
-    orphan = subprocess.Popen(plan.command(stages.stages[0]))
+    orphan = subprocess.Popen(plan.command(stages.stages[0]), env=plan.environment)
     while not (plan.sweep_folder(stages.stages[0]) / "journal.jsonl").exists():
         time.sleep(0.05)
 
@@ -185,7 +187,10 @@ def test_the_stores_password_is_in_no_command_line(tmp_path: Path) -> None:
     stages = Stages(tmp_path, {"a": []})
     plan = replace(stages.campaign(), tracking_uri="postgresql://me:s3cret@127.0.0.1:9/db")
     assert plan.environment["SLIMSWEEP_TRACKING_URI"] == plan.tracking_uri
-    assert "s3cret" not in str(plan.command(stages.stages[0]))
+    assert "s3cret" not in str(plan.command(stages.stages[0])) and "s3cret" not in noted(plan.tracking_uri)
+    # What holds no secret is there, for whoever types the command again.
+    words = stages.campaign().command(stages.stages[0])
+    assert words[words.index("--tracking-uri") + 1] == "sqlite:///none.db"
     order = take_order(["--plan", "p", "--storage", str(tmp_path), "--tracking-uri", plan.tracking_uri],
                        {"p": stages.stages}, "")  # fmt: skip
     assert order.plan.tracking_uri == plan.tracking_uri and "s3cret" not in str(order.plan.command(stages.stages[0]))

@@ -17,14 +17,16 @@ from analysis import verify
 from analysis.manifest import Manifest
 from engines.errors import InputError
 from sweeps import campaign_screen as screen
-from sweeps import deliverables
+from sweeps import deliverables, hours
 from sweeps.audit import FalseStops
 from sweeps.campaign import _walls, run
 from sweeps.catalogue import PLANS
 from sweeps.cluster import cores
 from sweeps.conduct import Plan
-from sweeps.journal import CAMPAIGN, Journal, check_free
+from sweeps.journal import CAMPAIGN, Journal, SweepState, TrialState, check_free
+from sweeps.outcome import Outcome
 from sweeps.progress import duration
+from trainables.gates import Verdict
 
 sys.path.append(str(Path(__file__).parent))
 from made_campaign import STAGES, campaign
@@ -133,7 +135,9 @@ def test_what_prevents_the_report_costs_nothing_else(fault, resumed, capsys: pyt
 
 def test_hours_saved_are_the_epochs_not_run_at_the_trials_own_pace(tmp_path: Path, template) -> None:
     (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
-    ledger = json.loads((deliverables.write(campaign(tmp_path), {"K": 7200.0}, {}).folder / "ledger.json").read_text())
+    ledger = json.loads(
+        (deliverables.write(campaign(tmp_path), {"K": [(0.0, 7200.0)]}, {}).folder / "ledger.json").read_text()
+    )
     second = next(row for row in ledger["trials"] if row["exp_id"] == "K_second_run1")
     assert (second["hours"], second["unit"]) == (pytest.approx(0.4), "CPU")  # CPU time, not the clock's
     assert second["saved"] == pytest.approx(0.6)
@@ -211,7 +215,69 @@ def test_the_clock_of_a_stage_outlives_the_campaign_that_was_killed(tmp_path: Pa
     ]
     (plan.folder / CAMPAIGN).write_text("".join(json.dumps({"command": [], **event}) + "\n" for event in events))
     last = json.loads((plan.sweep_folder(STAGES[0]) / "journal.jsonl").read_text().splitlines()[-1])["t"]
-    assert _walls(plan) == {"K": pytest.approx(last + 50), "KQ": 30.0}
+    # Started once more by a campaign that was killed, and ended by itself: nobody wrote that down.
+    with (plan.folder / CAMPAIGN).open("a") as file:
+        file.write(json.dumps({"command": [], "t": last - 7, "event": "start", "stage": "K"}) + "\n")
+    assert _walls(plan) == {
+        "K": [(0.0, last), (1e12 + 10, 1e12 + 60), (last - 7, last)],
+        "KQ": [(1e12 + 70, 1e12 + 100)],
+    }
+
+
+def test_stages_side_by_side_take_the_time_of_one(tmp_path: Path, template) -> None:
+    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+    walls = {"K": [(0.0, 3600.0), (7200.0, 9000.0)], "KQ": [(1800.0, 7200.0)]}
+    ledger = json.loads((deliverables.write(campaign(tmp_path), walls, {}).folder / "ledger.json").read_text())
+    assert [one["wall_h"] for one in (ledger["campaign"], *ledger["stages"])] == [2.5, 1.5, 1.5]
+
+
+def test_hours_after_a_resume_on_other_devices_are_of_one_kind() -> None:
+    """Three epochs on a CPU and one on an accelerator: what was saved costs what the accelerator's epoch did."""
+    state = SweepState(header={"epochs": 10})
+    state.trials["t"] = TrialState("t", "K_a_run1", "K-1", "trial", {}, None)
+    slow, fast = {"cpu_s": 9000.0, "epoch_s": 9000.0}, {"gpus": 1.0, "epoch_s": 3600.0}
+    state.trials["t"].results = [(1, slow), (2, slow), (3, slow), (4, fast)]
+    state.trials["t"].stop = (4, "stop_loss", "")
+    (row,) = hours.of_trials("K", state)
+    assert (row.unit, row.hours, row.epochs, row.saved) == ("GPU", 1.0, 4, 6.0)
+
+
+def test_what_was_made_from_a_student_that_was_replaced_is_not_delivered(
+    resumed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, _ = resumed()
+    with Journal.open(plan.sweep_folder(STAGES[0])) as journal:  # as when a trial that failed is run again, and wins
+        journal.append("file", path="files/best.pth", trial_id="t1")
+        journal.append("choice", exp_id="K_second_run1", why="told")
+        journal.append("end", status="finished")
+    capsys.readouterr()
+    _, code = resumed()
+    said = "made from another best.pth than K has now"
+    assert code == 1 and f"KQ: not run, {said}" in capsys.readouterr().out
+    assert not (plan.folder / "deliverables" / "int8.trt").exists()
+    problems = verify.check(plan.folder / "deliverables").problems
+    assert any(problem.startswith(f"KQ-1: not done ({said}") for problem in problems)
+
+
+def test_finished_in_another_store_is_not_finished_in_this_one(tmp_path: Path, template) -> None:
+    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+    plan = campaign(tmp_path)
+    outcome = plan.outcome(STAGES[0])
+    assert outcome.mirrored(plan.tracking_uri) and not outcome.mirrored(f"sqlite:///{tmp_path / 'new.db'}")
+
+
+def test_a_task_without_a_hard_line_fails_where_no_trial_ended_well(tmp_path: Path) -> None:
+    trials = {name: TrialState(name, name, "ABL-1", "trial", {}, None, stop=(3, "completed", "")) for name in "ab"}
+    for trial in trials.values():
+        trial.record = {"exp_id": trial.exp_id, "stop_reason": "completed"}
+    stage = next(one for one in PLANS["all"] if one.id == "ABL-1")
+    outcome = Outcome(stage, tmp_path, SweepState(header={"name": "s"}, trials=trials, ended="finished"))
+    assert outcome.verdict(stage.tasks[0]) == Verdict("n/a", "no hard line")
+    trials["a"].record, trials["a"].stop = None, None
+    assert outcome.verdict(stage.tasks[0]) == Verdict("n/a", "no hard line; 1 of 2 trials broke: a failed")
+    trials["b"].record["stop_reason"], trials["b"].stop = "out_of_memory", (1, "out_of_memory", "")
+    said = "no hard line; 2 of 2 trials broke: a failed, b out_of_memory"
+    assert outcome.verdict(stage.tasks[0]) == Verdict("fail", said)
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_manifest_as_it_was(tmp_path: Path, template, monkeypatch) -> None:

@@ -207,11 +207,12 @@ def test_an_audited_trial_runs_on_to_its_end_and_keeps_the_reason_of_its_stop(tm
     assert plain[0] == "stop_loss" and plain[1] < 8
     assert due == {"missed": plain, "met": plain, "gone": plain}  # divergence and a gate that is met are no question
     ends = {key: sweep.reason(key) for key in due}
-    assert ends == {"missed": ("stop_loss", 8), "met": ("stop_loss", 8), "gone": ("stop_loss", 6)}
+    assert ends == {"missed": ("stop_loss", 8), "met": ("stop_loss", 8), "gone": ("diverged", 6)}
     assert sweep.reason("nan") == ("diverged", 2) and sweep.reason("passed") == ("plateau", 5)
     details = {call[1]: call[4] for call in sweep.calls if call[0] == "stop"}
     assert details["met"].endswith(f"ran on from evaluation {plain[1]} to 8: budget met")
     assert details["missed"].endswith("budget not met")
+    assert details["gone"].endswith("it diverged at 6")
 
 
 def test_an_audit_changes_no_other_trials_stop_and_survives_a_new_driver() -> None:

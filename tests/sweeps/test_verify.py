@@ -30,7 +30,7 @@ def whole(tmp_path_factory, template) -> Path:
     plan = campaign(storage)
     with Journal.open(plan.folder, CAMPAIGN) as journal:
         journal.append("campaign", name=plan.name, plan="toy", profile="small", seed=42, overrides={})
-    found = deliverables.write(plan, {"K": 7200.0}, {})
+    found = deliverables.write(plan, {"K": [(0.0, 7200.0)]}, {})
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)  # which it would leave to other tests
