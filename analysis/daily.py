@@ -23,6 +23,7 @@ from trainables.record import InputError
 COLUMNS = ("日期", "任务ID", "输入/配置", "产出", "判定", "GPUh", "备注")
 _ACTIVITY = ("val_drop", "epoch_s", "cpu_s", "workers", "gpus")  # every epoch logs one of the first three
 _CONFIG = ("T", "beta", "gamma", "rho", "bits_w", "bits_a", "keep_list", "seed")
+_TOLD = {*_CONFIG, "keep", "combo"}  # what a trial has of its own is said beside these
 _SILENT_MS = 2 * 24 * 3600 * 1000
 _SAID = {"RUNNING": "running", "SILENT": "silent for days", "KILLED": "interrupted", "FAILED": "failed"}
 
@@ -134,8 +135,11 @@ def _hours(points: Sequence[tuple[str, int, int, float]], day: Date) -> tuple[fl
 
 
 def _entry(day: Date, parent: Run, run: Run, record: Mapping[str, Any], hours: float, gpu: bool) -> Entry:
-    known = {**run.params, **run.tags, **{key: value for key, value in record.items() if value is not None}}
-    config = ", ".join([parent.name, *(f"{key}={known[key]}" for key in _CONFIG if key in known)])
+    # What a record leaves empty the trial had no use for, whatever the settings say: rounding alone has no temperature.
+    settings = {key: value for key, value in run.params.items() if not (record and key in _CONFIG)}
+    known = {**settings, **run.tags, **{key: value for key, value in record.items() if value is not None}}
+    own = [key for key, value in settings.items() if parent.params.get(key, value) != value and key not in _TOLD]
+    config = ", ".join([parent.name, *(f"{key}={known[key]}" for key in (*_CONFIG, *own) if key in known)])
     chosen = " (chosen)" if parent.tags.get("chosen") == run.name else ""
     return Entry(
         date=str(day),

@@ -30,7 +30,7 @@ from sweeps.metrics import exported
 from sweeps.placement import Cluster
 from sweeps.plan import Planned, Planner, refuse_hidden
 from sweeps.progress import Clock, Progress
-from sweeps.search import Search, far_end
+from sweeps.search import Search, check_space, far_end
 from sweeps.settings import Resolved, digest, resolve
 from sweeps.spec import Sweep
 from sweeps.tracking import Tracker, check_reachable, default_uri, masked
@@ -128,6 +128,8 @@ def take_order(sweep: Sweep, argv: Sequence[str] | None, command: str) -> Order:
     resolved = resolve(sweep.settings, given.profile, _started(sweep, given), sweep.changes.get(given.profile, {}))
     refuse_hidden(sweep, given.overrides)
     kinds = _kinds(sweep, given)
+    if given.samples:
+        check_space(sweep.space, resolved, sweep.search_task)
     for trial in sweep.trials:  # what its values alone rule out, before anything looks at a model
         Planner(sweep, resolved, given.seed).plan(trial, seed=given.seed)
         refuse_uneven({**resolved.values, **trial.params}, given.placement.workers)

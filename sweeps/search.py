@@ -13,6 +13,7 @@ import optuna
 
 from sweeps.journal import TrialState
 from sweeps.plan import Planned, Planner
+from sweeps.settings import Resolved
 from sweeps.spec import OneOf, Range, Trial, schedule_options
 from trainables.gates import Gate
 from trainables.schedules import Schedule
@@ -93,6 +94,15 @@ class Search:
         self._count += 1
         self._asked[planned.trial_id] = trial
         return planned
+
+
+def check_space(space: Mapping[str, Range | OneOf], resolved: Resolved, task_id: str) -> None:
+    """InputError for a parameter that no settings file has, and for an end of a range or an option that is refused."""
+    furthest = far_end(space)
+    for name, words in space.items():
+        ends = (words.low, words.high) if isinstance(words, Range) else () if schedule_options(words) else words.options
+        for value in ends or (furthest[name],):
+            resolved.with_params({**furthest, name: value}, task_id)
 
 
 def far_end(space: Mapping[str, Range | OneOf]) -> dict[str, Any]:

@@ -94,6 +94,19 @@ def test_hours_of_an_accelerator_are_the_clocks(empty_uri, tmp_path) -> None:
         assert rows(copied, DAY)["K_T3B05_run1"][5] == said
 
 
+def test_a_trial_is_told_by_what_it_used_and_has_of_its_own(empty_uri, tmp_path) -> None:
+    """A model that was only rounded had no use for the settings' temperature; its calibration was not the sweep's."""
+    copied = copy_store(empty_uri, tmp_path)
+    client = MlflowClient(tracking_uri=copied)
+    rounded = record("Q_PTQ_run1", datetime=stamp(DAY), T=None, beta=None, gamma=None, bits_w=8)
+    parent = log_sweep(copied, "q", [(rounded, [])], calibration="512", beta="0.5")
+    (run,) = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`{PARENT_TAG}` = '{parent}'")
+    for key, value in {"beta": "0.5", "calibration": "128"}.items():
+        client.log_param(run.info.run_id, key, value)
+    said = rows(copied, DAY)["Q_PTQ_run1"][2]
+    assert said.endswith("q, bits_w=8, seed=42, calibration=128")
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [({"drop": "small"}, "drop is 'small', expected a number"), ({"datetime": "yesterday"}, "isoformat.*'yesterday'")],

@@ -1,5 +1,6 @@
 """ray_cluster.yaml and deploy/: what Ray's launcher would refuse, and what must not slip out."""
 
+import copy
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray.autoscaler._private.aws.config import _configure_security_group
 from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.local.config import prepare_local
 from ray.autoscaler._private.util import fillout_defaults, validate_config
@@ -53,6 +55,23 @@ def test_every_ray_has_a_token_and_nothing_but_ray_listens_outside(name: str) ->
     assert any(re.search(r"chmod 600 .*auth_token", line) for line in config["setup_commands"])
     assert any("-c ~/slimsweep/constraints.txt" in line for line in config["setup_commands"]), "nothing is pinned"
     assert any("deploy/mlflow_server.sh" in line for line in config["head_start_ray_commands"])
+
+
+def test_the_clouds_nodes_are_in_a_group_that_ray_leaves_alone() -> None:
+    """What Ray makes or adds to admits ssh from everywhere; of groups that every node type names it touches none."""
+    config = fillout_defaults(read("ray_cluster.yaml"))
+    assert "security_group" not in config["provider"]
+    before = copy.deepcopy(config["available_node_types"])
+    assert _configure_security_group(config)["available_node_types"] == before
+    assert len({tuple(node["node_config"]["SecurityGroupIds"]) for node in before.values()}) == 1
+
+
+def test_where_nodes_come_when_asked_for_a_sweep_says_how_many_it_wants() -> None:
+    whole = r"python sweeps/k_grid.py --address auto[^\n`]*(?:\n +--[^\n`]*)*"
+    texts = [(ROOT / name).read_text() for name in ("README.md", "deploy/kuberay_job.yaml")]
+    commands = [line for text in texts for line in re.findall(whole, text)]
+    waiting = [line for line in commands if "--wait-for-nodes" in line]
+    assert len(waiting) >= 3 and all("--max-concurrent" in line for line in waiting)
 
 
 def test_the_head_is_told_its_address_by_itself() -> None:

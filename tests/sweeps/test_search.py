@@ -1,9 +1,17 @@
+import importlib
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
+
+from engines.errors import InputError
+from sweeps.catalogue import PLANS
 from sweeps.journal import TrialState
 from sweeps.k_grid import K
+from sweeps.launch import take_order
 from sweeps.plan import Planned, Planner
-from sweeps.search import STARTUP, Search, far_end
+from sweeps.search import STARTUP, Search, check_space, far_end
 from sweeps.settings import DISTILL, WORKLOAD, Resolved, resolve
 from sweeps.spec import Sweep, Trial, constant, linear, loguniform, one_of, step, uniform
 from trainables.gates import Gate
@@ -30,6 +38,35 @@ def state(trial: Planned, drop: float | None, p50: float = 1.0) -> TrialState:
 
 def value(trial: Planned) -> float:
     return abs(float(trial.params["T"]) - 7) / 10
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"deptth": uniform(0.4, 0.9)}, "trial K-search: unknown key 'deptth': did you mean 'depth'"),
+        ({"depth": uniform(0.4, 1.9)}, "trial K-search: depth=1.9: Input should be less than or equal to 1"),
+        ({"gamma": uniform(-0.1, 0.3)}, "trial K-search: gamma=-0.1: Input should be greater"),
+        ({"optimizer": one_of("adamw", "sgd")}, "trial K-search: optimizer='sgd'"),
+        ({"gammma": one_of(constant, linear)}, "unknown key 'gammma'"),
+    ],
+)
+def test_a_space_that_no_setting_can_take_is_refused_before_anything_runs(words: dict, said: str) -> None:
+    sweep = replace(K, space={**K.space, **words})
+    with pytest.raises(InputError, match=re.escape(said)):
+        take_order(sweep, ["--profile", "demo", "--search", "optuna", "--samples", "2", "--dry-run"], "")
+
+
+def test_the_space_of_every_stage_is_one_that_its_settings_take() -> None:
+    checked = 0
+    for stage in PLANS["all"]:
+        found = vars(importlib.import_module(f"sweeps.{stage.path.stem}")).values()
+        for sweep in (one for one in found if isinstance(one, Sweep) and one.space):
+            for profile in ("demo", "small", "full"):
+                given = {"fusion": "cached"} if stage.knows("fusion") else {}  # what a start of Stage 2 must say
+                settings = resolve(sweep.settings, profile, given, sweep.changes.get(profile, {}))
+                check_space(sweep.space, settings, sweep.search_task)
+            checked += 1
+    assert checked >= 8
 
 
 def test_asks_within_the_space() -> None:
