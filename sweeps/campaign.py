@@ -38,6 +38,7 @@ from sweeps.catalogue import PLANS, Stage, select
 from sweeps.conduct import Conductor, Plan
 from sweeps.journal import CAMPAIGN, NAME, Journal, read_events
 from sweeps.launch import git_commit, program
+from sweeps.ledger import refuse_links
 from sweeps.settings import parse_set, resolve
 from sweeps.tracking import check_reachable, default_uri, masked
 
@@ -215,6 +216,7 @@ def _identity(plan: Plan) -> dict[str, object]:
 
 def _execute(order: Order, console: Console) -> int:
     plan = order.plan
+    refuse_links(plan.folder, below=False)
     with Journal.open(plan.folder, CAMPAIGN) as journal:
         if not order.resume:
             header = {"name": plan.name, **_identity(plan), "git_commit": git_commit()}

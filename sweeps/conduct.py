@@ -127,7 +127,7 @@ class Conductor:
         ready: list[Stage] = []
         for stage in list(self._waiting):
             outcome = self.plan.outcome(stage)
-            if outcome.finished and outcome.mirrored(self.plan.tracking_uri):
+            if outcome.finished and outcome.whole and outcome.mirrored(self.plan.tracking_uri):
                 self._waiting.remove(stage)
                 self._say(f"{stage.id}: finished before")
                 continue

@@ -267,15 +267,15 @@ def _scan(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     end, torn = 0, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):  # torn, or still being written
+                return
             event = parse(line)
             if event is None:
                 torn = torn or number
             elif torn:
                 # Dropping everything from here on would throw away good work: a person must look.
-                raise InputError(
-                    f"{path}: line {torn} is damaged, but good lines follow; "
-                    "repair it by hand, or start anew in another --storage"
-                )
+                raise InputError(f"{path}: line {torn} is damaged, but good lines follow; "
+                                 "repair it by hand, or start anew in another --storage")  # fmt: skip
             else:
                 end += len(line)
                 yield event, end

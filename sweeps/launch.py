@@ -298,7 +298,7 @@ def _pictures(order: Order, ledger: Ledger, tracker: Tracker) -> list[Path]:
     try:
         paths = pareto.run(order.tracking_uri, sweep_id, ledger.folder / "files", log=False)
     except InputError as error:
-        print(f"warning: no pictures: {error}", file=sys.stderr)
+        print(f"warning: no pictures: {masked(str(error))}", file=sys.stderr)
         return drawn
     for path in paths:
         ledger.append("file", path=f"files/{path.name}", trial_id=None)

@@ -3,6 +3,7 @@ step.
 """
 
 import contextlib
+import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ class Ledger:
         it).
         """
         _refuse(folder, resume)
+        refuse_links(folder)
         made = tuple(place for place in (folder, *folder.parents) if not place.exists())
         journal = Journal.open(folder)
         path = folder / NAME
@@ -148,6 +150,18 @@ def _refuse(folder: Path, resume: bool) -> None:
         )
     if known and not resume:
         raise InputError(f"{folder} already holds this sweep: add --resume to go on with it, or name another --storage")
+
+
+def refuse_links(folder: Path, below: bool = True) -> None:
+    """InputError where a link lies in a folder to go on in: a sweep makes none, and would write through others'."""
+    places = [folder] if folder.is_dir() else []
+    while places:
+        with os.scandir(places.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    raise InputError(f"{entry.path}: a symbolic link, which no sweep makes; remove it")
+                if below and entry.is_dir():
+                    places.append(Path(entry.path))
 
 
 def refuse_changed(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

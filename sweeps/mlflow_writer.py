@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps import mlflow_content as content
 from sweeps.journal import SweepState, parse
-from sweeps.tracking import CURSOR, EXPERIMENT, URI, lock_of, noted, sqlite_path
+from sweeps.tracking import CURSOR, EXPERIMENT, URI, lock_of, masked, noted, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -46,6 +46,7 @@ class _Run:
 
     run_id: str = ""  # empty: none yet
     uncertain: bool = False  # a create was sent and its answer never came
+    doubtful: bool = False  # there may be two of it
     refused: bool = False
     status: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
@@ -134,7 +135,7 @@ class Mirror:
         problem = outage or "; ".join(self.problems.values()) or None
         if problem:
             left = self.offset - self.synced
-            problem = f"{' '.join(problem.split())[:300]} ({left} bytes of the journal are not yet in MLflow)"
+            problem = f"{masked(' '.join(problem.split()))[:300]} ({left} bytes of the journal are not yet in MLflow)"
         cursor = {"pid": os.getpid(), "uri": noted(self.uri), "sweep_id": self.state.header.get("sweep_id")}
         partial = self.journal.parent / f"{CURSOR}.tmp"
         with contextlib.suppress(OSError):  # a full disk must not end the mirror: the file only saves work
@@ -168,6 +169,10 @@ class Mirror:
         sent = earlier.get("offset", 0) if same and not earlier.get("problem") else 0
         for key, known in self._search(client):
             run = self._runs.setdefault(key, _Run())
+            if run.run_id:
+                run.doubtful = True
+                if not _written(known):
+                    continue
             run.known_as(known)
             run.points = [(end, point) for end, point in run.points if end > sent]
         if self._runs[None].run_id:
@@ -205,6 +210,8 @@ class Mirror:
             elif status != run.status:
                 client.set_terminated(run.run_id, status, end_time=run.last_ms)
             run.status = status
+            if over and run.doubtful:
+                self._drop_others(client, run, key)
         except MlflowException as error:
             if error.error_code not in _REFUSED:
                 raise
@@ -213,12 +220,19 @@ class Mirror:
 
     def _create(self, client: MlflowClient, run: _Run, key: str | None, name: str, tags: dict[str, str]) -> None:
         if run.uncertain:
-            wanted = f" and tags.trial_id = '{key}'" if key else " and tags.role = 'sweep'"
-            for _, known in self._search(client, wanted):
+            for _, known in self._search(client, _of(key)):
                 return run.known_as(known)
+            run.doubtful = True  # the server may yet come round to the first
         run.uncertain = True
         made = client.create_run(self._experiment, start_time=run.start_ms, tags=tags, run_name=name)
         run.run_id, run.status, run.tags = made.info.run_id, "RUNNING", tags
+
+    def _drop_others(self, client: MlflowClient, run: _Run, key: str | None) -> None:
+        """Delete what a server that answered too late made besides: a run without a word, which would stay RUNNING."""
+        for _, known in self._search(client, _of(key)):
+            if known.info.run_id != run.run_id and not _written(known):
+                client.delete_run(known.info.run_id)
+        run.doubtful = False
 
     def _log(self, client: MlflowClient, run: _Run, tags: dict[str, str], params: dict[str, str]) -> None:
         from mlflow.entities import Metric, Param, RunTag
@@ -248,6 +262,16 @@ class Mirror:
         except Exception as error:  # artifact stores raise what they like
             client.get_experiment(self._experiment)  # raises, and so asks for another try, in an outage
             self.problems[path] = f"{local} was not logged: {error}"
+
+
+def _of(key: str | None) -> str:
+    """What a search of the sweep's runs is narrowed to for one of them."""
+    return f" and tags.trial_id = '{key}'" if key else " and tags.role = 'sweep'"
+
+
+def _written(run: Any) -> bool:
+    """Whether anything was logged since the run was made."""
+    return bool(run.data.params or run.data.metrics)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -333,7 +357,7 @@ def _run(mirror: Mirror, driver: _Driver) -> bool:
                 mirror.sync(over=last)
                 failures, driver.flush = 0, False
             except Exception as error:  # whatever a store or a network can raise: the sweep goes on, so do we
-                outage = f"{mirror.uri.partition('@')[2] or mirror.uri}: {type(error).__name__}: {error}"
+                outage = masked(f"{mirror.uri}: {type(error).__name__}: {error}")  # both may hold a password
                 print(time.strftime("%F %T"), outage, file=sys.stderr, flush=True)
                 failures += 1
             mirror.save(outage)

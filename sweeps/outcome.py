@@ -38,6 +38,11 @@ class Outcome:
         """Whether the sweep came to its end, and from what the campaign has."""
         return self.state.ended == "finished" and not self.stale
 
+    @property
+    def whole(self) -> bool:
+        """Whether --resume would find nothing to try again: nothing failed, nothing could not be measured."""
+        return not any(trial.error or (trial.record or {}).get("unmeasured") for trial in self.state.trials.values())
+
     def mirrored(self, tracking_uri: str) -> bool:
         """Whether this MLflow is known to have all of the journal; a start with --resume sends the rest."""
         try:

@@ -273,7 +273,9 @@ def test_a_task_without_a_hard_line_fails_where_no_trial_ended_well(tmp_path: Pa
     stage = next(one for one in PLANS["all"] if one.id == "ABL-1")
     outcome = Outcome(stage, tmp_path, SweepState(header={"name": "s"}, trials=trials, ended="finished"))
     assert outcome.verdict(stage.tasks[0]) == Verdict("n/a", "no hard line")
-    trials["a"].record, trials["a"].stop = None, None
+    assert outcome.whole
+    trials["a"].record, trials["a"].stop, trials["a"].error = None, None, "lost its card"
+    assert not outcome.whole, "--resume has something to try again"
     assert outcome.verdict(stage.tasks[0]) == Verdict("n/a", "no hard line; 1 of 2 trials broke: a failed")
     trials["b"].record["stop_reason"], trials["b"].stop = "out_of_memory", (1, "out_of_memory", "")
     said = "no hard line; 2 of 2 trials broke: a failed, b out_of_memory"

@@ -143,6 +143,19 @@ def test_a_link_is_not_written_through(tmp_path, name):
     assert victim.read_text() == "precious"
 
 
+@pytest.mark.parametrize("place", ["files", "trials/a", "trials/b/best.pth"])
+def test_a_folder_with_a_link_is_not_gone_on_in(tmp_path, place):
+    """What a sweep writes by these names would land where the link leads."""
+    folder, victim = tmp_path / "s", tmp_path / "victim"
+    folder.mkdir()
+    victim.mkdir()
+    write_example(folder)
+    (folder / place).parent.mkdir(parents=True, exist_ok=True)
+    (folder / place).symlink_to(victim)
+    with pytest.raises(InputError, match=f"{place}: a symbolic link, which no sweep makes; remove it"):
+        Ledger.open(folder, resume=True)
+
+
 def test_an_event_of_another_version_is_kept(tmp_path):
     path = write_example(tmp_path)
     path.write_bytes(path.read_bytes() + b'{"t":1,"event":"telepathy"}\n')

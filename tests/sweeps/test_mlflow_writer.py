@@ -132,6 +132,22 @@ def test_what_mlflow_refuses_is_told_and_holds_up_nothing_else(storage, paper):
     assert [step for step, _ in paper.steps_of(uri, paper.runs_of(uri)["a"])] == [1, 2]
 
 
+def test_what_a_server_made_twice_is_dropped(storage, paper):
+    """Its answer came too late, the run was asked for again, and then it did both."""
+    sweep, uri = paper.Sweep(storage), default_uri(storage)
+    sweep.whole("a")
+    sweep.journal.append("end", status="finished")
+    mirrored(sweep, uri)
+    client, runs = paper.client_of(uri), paper.runs_of(uri)
+    for run in runs.values():
+        tags = {key: run.data.tags[key] for key in ("sweep_id", "trial_id", "role") if key in run.data.tags}
+        client.create_run(run.info.experiment_id, tags=tags, run_name=run.info.run_name)
+    mirrored(sweep, uri, over=True)
+    active = client.search_runs([runs[None].info.experiment_id])
+    assert {run.info.run_id for run in active} == {run.info.run_id for run in runs.values()}
+    assert {run.info.status for run in active} == {"FINISHED"}
+
+
 def test_no_file_from_outside_of_the_sweeps_folder_is_logged(storage, paper):
     """The journal of somebody else may name any file of this machine, or a link to one."""
     sweep, uri = paper.Sweep(storage), default_uri(storage)

@@ -86,6 +86,17 @@ def test_a_sweep_in_sqlite_reads_as_promised(tmp_path, paper):
     assert not list(tmp_path.glob("mlflow.db-*")), "the store is left as one self-contained file"
 
 
+def test_an_outage_does_not_tell_the_stores_password(storage, paper):
+    sweep = paper.Sweep(storage)
+    sweep.whole("a")
+    tracker = Tracker(sweep.journal.path, "http://admin:s3cret@127.0.0.1:9")
+    tracker.start()
+    assert not tracker.flush(30) and "admin:***@127.0.0.1:9" in tracker.problem
+    tracker.close()
+    told = [(sweep.folder / name).read_text() for name in ("tracked.json", "tracking.log")]
+    assert all("127.0.0.1:9" in text and "s3cret" not in text for text in told)
+
+
 def test_links_where_its_files_lie_are_not_written_through(storage, paper):
     """A folder from somebody else, gone on with --resume."""
     sweep, victim = paper.Sweep(storage), storage / "victim"
