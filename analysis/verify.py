@@ -297,7 +297,9 @@ def _lines(manifest: Manifest, records: Mapping[str, Record]) -> Iterator[tuple[
 
 
 def _judge(row: Row, records: Sequence[Record]) -> Verdict:
-    """As the campaign judged: one of the trials meets all lines; without lines, what the one record itself says."""
+    """As the campaign judged: one of the trials meets all lines; without lines, what the one record itself says, or
+    whether any came to an end of its own.
+    """
     if not row.lines:
         if len(records) == 1 and row.verdict != "n/a":
             return Verdict(str(records[0].verdict), str(records[0].verdict_detail))

@@ -185,8 +185,11 @@ def _ask_stages(plan: Plan, console: Console) -> None:
 
 
 def _refuse(order: Order) -> None:
-    """InputError for a campaign that is there already (without --resume), is not (with it), or was another one."""
+    """InputError for a campaign that is there already (without --resume), is not (with it), was another one, or has a
+    link in its folder.
+    """
     plan, path = order.plan, order.plan.folder / CAMPAIGN
+    refuse_links(plan.folder, below=False)
     before = next(read_events(path), None) if path.is_file() else None
     if before and not order.resume:
         raise InputError(
@@ -216,7 +219,6 @@ def _identity(plan: Plan) -> dict[str, object]:
 
 def _execute(order: Order, console: Console) -> int:
     plan = order.plan
-    refuse_links(plan.folder, below=False)
     with Journal.open(plan.folder, CAMPAIGN) as journal:
         if not order.resume:
             header = {"name": plan.name, **_identity(plan), "git_commit": git_commit()}

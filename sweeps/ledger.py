@@ -34,9 +34,13 @@ class Ledger:
         it).
         """
         _refuse(folder, resume)
-        refuse_links(folder)
         made = tuple(place for place in (folder, *folder.parents) if not place.exists())
         journal = Journal.open(folder)
+        try:
+            refuse_links(folder)  # now that nobody else is at work in it
+        except BaseException:
+            journal.close()
+            raise
         path = folder / NAME
         searched = [e["search"]["params"] for e in read_events(path) if "search" in e]
         return cls(folder, journal, SweepState.replay(path), made=made, _searched=searched)
@@ -117,6 +121,7 @@ def inspect(folder: Path, resume: bool, header: Mapping[str, Any]) -> SweepState
     """The sweep that a resume would go on with; InputErrors as of `Ledger.open` and `Ledger.check`. Touches nothing."""
     _refuse(folder, resume)
     check_free(folder)
+    refuse_links(folder)
     if not resume:
         return None
     state = SweepState.replay(folder / NAME)

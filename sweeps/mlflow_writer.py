@@ -139,7 +139,6 @@ class Mirror:
         cursor = {"pid": os.getpid(), "uri": noted(self.uri), "sweep_id": self.state.header.get("sweep_id")}
         partial = self.journal.parent / f"{CURSOR}.tmp"
         with contextlib.suppress(OSError):  # a full disk must not end the mirror: the file only saves work
-            partial.unlink(missing_ok=True)  # a link there, in a folder from others, would lead anywhere
             partial.write_text(json.dumps(cursor | {"offset": self.synced, "problem": problem}))
             os.replace(partial, self.journal.parent / CURSOR)
 

@@ -233,8 +233,6 @@ class Tracker:
         root = str(Path(__file__).resolve().parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = ENVIRONMENT | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(paths), URI: self.uri}
-        if (folder / LOG).is_symlink():  # in a folder from others it would lead anywhere
-            (folder / LOG).unlink()
         with (folder / LOG).open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "sweeps.mlflow_writer", str(self.journal)],

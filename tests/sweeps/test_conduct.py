@@ -44,6 +44,13 @@ with Journal.open(folder) as journal:
         time.sleep(0.02)
     if told.get("dies") and "--resume" not in words:
         os._exit(7)
+    if told.get("fails"):
+        other = dict(trial_id="u", exp_id="u", task_id=own.stem, role="trial", params={}, saves=None)
+        if "--resume" not in words:
+            journal.append("trial", **other)
+            journal.append("failed", trial_id="u", error="lost its card")
+        else:
+            journal.append("stop", trial_id="u", epoch=1, reason="completed", detail="")
     drop = told.get("drop", 0.0)
     record = dict(exp_id="t", task_id=own.stem, drop=drop, datetime="2026-03-01T12:00:00+01:00")
     journal.append("record", trial_id="t", record=record)
@@ -181,6 +188,13 @@ def test_an_error_in_the_campaign_leaves_no_stage_behind(tmp_path: Path) -> None
         Conductor(plan, journal, stages.said.append, full).run()
     ends = {e["stage"]: e["code"] for e in read_events(plan.folder / "campaign.jsonl") if e["event"] == "exit"}
     assert ends == {"a": 0, "b": -15}
+
+
+def test_a_trial_that_failed_is_tried_again_by_the_next_resume_alone(tmp_path: Path) -> None:
+    stages = Stages(tmp_path, {"a": [], "b": []}, a={"fails": True})
+    assert stages.run().held == {} and stages.started == ["a", "b"]
+    assert stages.run().held == {} and stages.started == ["a", "b", "a"] and "--resume" in stages.calls[-1][1]
+    assert stages.run().held == {} and stages.started == ["a", "b", "a"]
 
 
 def test_the_stores_password_is_in_no_command_line(tmp_path: Path) -> None:

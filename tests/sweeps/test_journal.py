@@ -17,8 +17,8 @@ from hypothesis import given, settings
 
 from engines.errors import InputError
 from sweeps import journal as journal_module
-from sweeps.journal import Journal, SweepState, check_free, read_events
-from sweeps.ledger import Ledger
+from sweeps.journal import Journal, SweepState, check_free, parse, read_events
+from sweeps.ledger import Ledger, inspect
 
 HEADER = dict(sweep_id="s1", name="k", stage="K", domain="dust3r", profile="demo", config_hash="c", workload_hash="w")
 TRIAL = dict(exp_id="K_a_run1", task_id="K-1", role="trial", params={"T": 3.0, "note": "a"}, saves=None)
@@ -143,7 +143,24 @@ def test_a_link_is_not_written_through(tmp_path, name):
     assert victim.read_text() == "precious"
 
 
-@pytest.mark.parametrize("place", ["files", "trials/a", "trials/b/best.pth"])
+def test_a_line_that_is_being_written_is_no_damage(tmp_path, monkeypatch):
+    """It is read up to its middle, finished, and followed by another, all within one reading."""
+    path = write_example(tmp_path)
+    lines = path.read_bytes().splitlines(True)
+    half = len(lines[-2]) // 2
+    path.write_bytes(b"".join(lines[:-2]) + lines[-2][:half])
+
+    def slow(line):
+        if not line.endswith(b"\n"):
+            with path.open("ab") as file:
+                file.write(lines[-2][half:] + lines[-1])
+        return parse(line)
+
+    monkeypatch.setattr("sweeps.journal.parse", slow)
+    assert len(list(read_events(path))) == len(lines) - 2
+
+
+@pytest.mark.parametrize("place", ["files", "trials/a", "trials/b/best.pth", "tracking.log", "tracked.json.tmp"])
 def test_a_folder_with_a_link_is_not_gone_on_in(tmp_path, place):
     """What a sweep writes by these names would land where the link leads."""
     folder, victim = tmp_path / "s", tmp_path / "victim"
@@ -152,8 +169,10 @@ def test_a_folder_with_a_link_is_not_gone_on_in(tmp_path, place):
     write_example(folder)
     (folder / place).parent.mkdir(parents=True, exist_ok=True)
     (folder / place).symlink_to(victim)
-    with pytest.raises(InputError, match=f"{place}: a symbolic link, which no sweep makes; remove it"):
-        Ledger.open(folder, resume=True)
+    for go_on in (lambda: Ledger.open(folder, resume=True), lambda: inspect(folder, True, {"config_hash": "c"})):
+        with pytest.raises(InputError, match=f"{place}: a symbolic link, which no sweep makes; remove it"):
+            go_on()
+    check_free(folder)
 
 
 def test_an_event_of_another_version_is_kept(tmp_path):
