@@ -167,11 +167,47 @@ def train(
 
 
 def _stamped(trainable: type[Any]) -> type[Any]:
-    """The trainable, with the moment of each report: Ray's own is cut to whole seconds."""
+    """The trainable, built in its first step, with the moment of each report, as Ray's own is cut to whole seconds.
+
+    While a trial is built outside of a step it is not RUNNING to Ray: one that loses its worker there is given up
+    without a second try, and nobody looks whether it hangs.
+    """
 
     class Stamped(trainable):  # type: ignore[misc]
+        _to_build: dict[str, Any] | None = None
+        _built = _building = False
+
+        def setup(self, config: dict[str, Any]) -> None:
+            if self._building:  # a trainable's reset_config may call it
+                super().setup(config)
+            else:
+                self._to_build = config
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self._to_build = new_config
+            return trainable.reset_config is not tune.Trainable.reset_config  # without one Ray starts a process
+
         def step(self) -> dict[str, Any]:
-            return {**super().step(), "timestamp": time.time()}
+            if self._to_build is not None:
+                self._build(self._to_build)
+            began = time.monotonic()
+            result = super().step()
+            return {"epoch_s": time.monotonic() - began, **result, "timestamp": time.time()}
+
+        def _build(self, config: dict[str, Any]) -> None:
+            self._building = True
+            try:
+                if self._built:
+                    super().reset_config(config)
+                else:
+                    super().setup(config)
+            finally:
+                self._building = False
+            self._to_build, self._built = None, True
+
+        def cleanup(self) -> None:
+            if self._built:
+                super().cleanup()
 
     return Stamped
 
