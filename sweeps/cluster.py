@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,18 +135,39 @@ def _placed(wanted: Wanted) -> Cluster:
     except InputError:
         if not asked.wait_min:
             raise
+    gpus = asked.gpus if asked.gpus is not None else float(wanted.needs_gpu or asked.gpu_memory is not None)
+    labels = asked.labels | ({TYPE: asked.latency_on} if asked.latency_on else {})  # a first node that can measure, too
+    _bring(gpus, asked.cpus or 1.0, labels, asked.workers, asked.wait_min)
+    return place(asked, nodes(), wanted.share, wanted.needs_gpu)
+
+
+def measuring_node(found: Cluster) -> Node:
+    """The node to measure on: of those alive always the same one, so that its times compare.
+
+    Raises InputError where there is none, and none came while there was time to wait for one.
+    """
+    fitting = [node for node in nodes() if found.measures_on(node)]
+    if not fitting and found.wait_min:
+        labels = {**found.labels, **({TYPE: found.latency_on} if found.latency_on else {})}
+        _bring(found.gpus, found.cpus, labels, 1, found.wait_min)
+        fitting = [node for node in nodes() if found.measures_on(node)]
+    if not fitting:
+        kind = f"--latency-on {found.latency_on}" if found.latency_on else "measuring"
+        raise InputError(f"{kind}: its nodes are gone; add one and go on with --resume")
+    return max(fitting, key=lambda node: (node.offers("GPU"), node.offers("CPU"), node.node_id))
+
+
+def _bring(gpus: float, cpus: float, labels: Mapping[str, str], count: int, minutes: float) -> None:
+    """Ask for room on nodes with these labels, so that an autoscaler starts them, until it is there or time is up."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    gpus = asked.gpus if asked.gpus is not None else float(wanted.needs_gpu or asked.gpu_memory is not None)
-    bundle = {"CPU": asked.cpus or 1.0} | ({"GPU": gpus} if gpus else {})
-    labels = asked.labels | ({TYPE: asked.latency_on} if asked.latency_on else {})  # a first node that can measure, too
-    one = placement_group([bundle] * asked.workers, bundle_label_selector=[labels] * asked.workers)
+    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    room = placement_group([bundle] * count, bundle_label_selector=[dict(labels)] * count)
     try:
-        ray.wait([one.ready()], timeout=60 * asked.wait_min)
-        return place(asked, nodes(), wanted.share, wanted.needs_gpu)
+        ray.wait([room.ready()], timeout=60 * minutes)
     finally:
-        remove_placement_group(one)
+        remove_placement_group(room)
 
 
 def nodes() -> list[Node]:

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engines.errors import InputError
 from sweeps import audit
-from sweeps.cluster import nodes
+from sweeps.cluster import measuring_node
 from sweeps.hours import on_gpu, trained
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
@@ -26,10 +26,12 @@ from sweeps.plan import Planned
 from sweeps.progress import Progress
 from sweeps.settings import Resolved
 from sweeps.spec import Measures, Sweep
-from sweeps.training import failure, one_line, rule_of
+from sweeps.training import RETRIES, failure, one_line, rule_of
 from trainables.gates import Gate, judge_all
 from trainables.record import Record, finite, now
 
+# How a task ends whose node went, not one whose worker did: that may be the function's own fault.
+GONE = (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError)
 STATE = "state.pt"  # what trainables/training.py goes on from
 OWN_FIELDS = {field.name for field in fields(Record)} - {"extra"}
 TRAINING = ("rho", "T", "beta", "gamma")  # fields of the record that are settings of training
@@ -84,14 +86,15 @@ def prepare(bench: Bench, measures: Measures, progress: Progress) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # Across nodes, the storage is what the task and the driver share.
     report = folder / f".progress.{os.getpid()}"
+
+    def look() -> None:
+        with contextlib.suppress(OSError):  # nothing to count yet
+            what, done, total = json.loads(report.read_text())
+            progress.item(what, done, total)
+
     try:
         with progress.phase("preparing what all trials share"):
-            ref = _alone(bench.cluster).remote(measures.prepare, {**job, "report": str(report)})
-            while not ray.wait([ref], timeout=1.0)[0]:
-                with contextlib.suppress(OSError):  # nothing to count yet
-                    what, done, total = json.loads(report.read_text())
-                    progress.item(what, done, total)
-            found = _wait([ref])[0]
+            found = _alone(bench.cluster, measures.prepare, {**job, "report": str(report)}, look)
     finally:
         report.unlink(missing_ok=True)
     _raise(found)
@@ -128,9 +131,8 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
                 _merge(found[trial.trial_id], _wait([ref])[0], "quality")
             for done, trial in enumerate(able):
                 if timed:
-                    alone = _alone(bench.cluster)  # anew: a spot node may have gone, and another of its kind come
                     progress.item(f"latency of {trial.exp_id}, alone on its device", len(able) + done)
-                    result = _wait([alone.remote(measures.measure_latency, bench.job(trial))])[0]
+                    result = _alone(bench.cluster, measures.measure_latency, bench.job(trial))
                     _merge(found[trial.trial_id], result, "latency")
                 write(trial)
 
@@ -146,7 +148,7 @@ def compile_best(bench: Bench, trial: TrialState | None, progress: Progress) -> 
         return
     with progress.phase("compiling the TensorRT engine"):
         planned = bench.ledger.planned[trial.trial_id]
-        result = _wait([_alone(bench.cluster).remote(measures.compile_engine, bench.job(planned))])[0]
+        result = _alone(bench.cluster, measures.compile_engine, bench.job(planned))
     found = {"trt": f"not built: {one_line(result)}"} if isinstance(result, Exception) else result
     bench.ledger.append("record", trial_id=trial.trial_id, record={**trial.record, **found})
 
@@ -284,20 +286,27 @@ def _call(function: Any, job: dict[str, Any]) -> Any:
     return function(job)
 
 
-def _alone(cluster: Cluster) -> Any:
-    """A Ray task that holds a whole node of the kind to measure on, always the same one, so that its times compare."""
-    fitting = [node for node in nodes() if cluster.measures_on(node)]
-    if not fitting:
-        kind = f"--latency-on {cluster.latency_on}" if cluster.latency_on else "measuring"
-        raise InputError(f"{kind}: its nodes are gone; add one and go on with --resume")
-    node = max(fitting, key=lambda node: (node.offers("GPU"), node.offers("CPU"), node.node_id))
-    options: dict[str, Any] = {
-        "num_cpus": max(1, int(node.offers("CPU"))),
-        "num_gpus": min(math.ceil(cluster.gpus), node.offers("GPU")),
-        "max_retries": 2,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False),
-    }
-    return ray.remote(**options)(_call)
+def _alone(cluster: Cluster, function: Any, job: dict[str, Any], meanwhile: Any = lambda: None) -> Any:
+    """What the function returns, or its exception: a task that holds a whole node of the kind to measure on.
+
+    A node that goes meanwhile is no fault of the function: the next one of its kind starts anew. `meanwhile` is called
+    every second.
+    """
+    for _ in range(1 + RETRIES):
+        node = measuring_node(cluster)
+        task = ray.remote(
+            num_cpus=max(1, int(node.offers("CPU"))),
+            num_gpus=min(math.ceil(cluster.gpus), node.offers("GPU")),
+            max_retries=2,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False),
+        )(_call)
+        ref = task.remote(function, job)
+        while not ray.wait([ref], timeout=1.0)[0]:
+            meanwhile()
+        [result] = _wait([ref])
+        if not isinstance(result, GONE):
+            break
+    return result
 
 
 def _wait(refs: Sequence[Any]) -> list[Any]:

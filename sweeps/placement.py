@@ -71,7 +71,7 @@ class Node:
 class Cluster:
     """What can be used. slots: trials at a time; workers: of each trial; gpus, cpus: of each worker; shared_cores:
     whether a few trials more than slots may share the cores; labels: of the nodes that may have one; latency_on:
-    accelerator type to measure on.
+    accelerator type to measure on; wait_min: for a node of it, should none be there.
     """
 
     slots: int
@@ -82,6 +82,7 @@ class Cluster:
     latency_on: str | None = None
     workers: int = 1
     gpu_memory: int | None = None
+    wait_min: float = 0.0
 
     def measures_on(self, node: Node) -> bool:
         """Whether latency may be measured there: on a card of that type, and no smaller than trials asked for."""
@@ -136,6 +137,8 @@ def read_flags(given: argparse.Namespace) -> Placement:
         raise InputError(f"--gpu-memory {given.gpu_memory}: expected GB of one card, 1 to {LARGEST_GB}")
     if given.gpu_memory is not None and gpus == 0:
         raise InputError(f"--gpu-memory {given.gpu_memory}: these trials have no accelerator; drop --gpus-per-trial 0")
+    if given.latency_on is not None and gpus == 0:
+        raise InputError(f"--latency-on {given.latency_on}: these trials have no accelerator; drop --gpus-per-trial 0")
     if not 0 <= given.wait_for_nodes < math.inf:
         raise InputError(f"--wait-for-nodes {given.wait_for_nodes:g}: expected minutes, 0 or more")
     return Placement(
@@ -172,7 +175,9 @@ def place(asked: Placement, nodes: Sequence[Node], share: float, needs_gpu: bool
         raise InputError(f"--latency-on {asked.latency_on}: these trials have no accelerator; leave it out")
     latency_on = _latency_type(asked, [node for node in fitting if _room(node, gpus, cpus)]) if gpus else None
     alone = not gpus and asked == Placement()
-    return Cluster(slots, gpus, cpus, alone, asked.labels, latency_on, asked.workers, asked.gpu_memory)
+    return Cluster(
+        slots, gpus, cpus, alone, asked.labels, latency_on, asked.workers, asked.gpu_memory, asked.wait_min
+    )
 
 
 def _is_large(asked: Placement, node: Node) -> bool:
@@ -203,7 +208,7 @@ def _latency_type(asked: Placement, fitting: Sequence[Node]) -> str | None:
     """p50s of two kinds of card do not compare: where there are several, one must be named."""
     types = sorted({node.labels[TYPE] for node in fitting if TYPE in node.labels})
     there = ", ".join(types) or "no type at all"
-    if asked.latency_on is not None and asked.latency_on not in types and not asked.wait_min:
+    if asked.latency_on is not None and asked.latency_on not in types:
         raise InputError(f"--latency-on {asked.latency_on}: no node that trials may use has one; there is {there}")
     if asked.latency_on is None and len(types) > 1:
         raise InputError(f"--latency-on: the nodes have {there}, and their p50s do not compare; name one of them")

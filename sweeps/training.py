@@ -132,7 +132,7 @@ def train(
     scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)
     try:
         tune.Tuner(
-            tune.with_resources(_stamped(sweep.trainable), resources),
+            tune.with_resources(_built_late(sweep.trainable), resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Queue(configs),
                 scheduler=scheduler,
@@ -166,50 +166,44 @@ def train(
             _fail(ledger, trial.trial_id, "Ray ended the trial without a word")
 
 
-def _stamped(trainable: type[Any]) -> type[Any]:
-    """The trainable, built in its first step, with the moment of each report, as Ray's own is cut to whole seconds.
+def _built_late(trainable: type[Any]) -> type[Any]:
+    """What Tune runs in the place of this trainable: it builds the trial in its first step.
 
     While a trial is built outside of a step it is not RUNNING to Ray: one that loses its worker there is given up
-    without a second try, and nobody looks whether it hangs.
+    without a second try, and nobody looks whether it hangs. The seconds of an epoch are those of its training alone,
+    and its moment is exact: Ray's own is cut to whole seconds.
     """
 
-    class Stamped(trainable):  # type: ignore[misc]
+    class Late(tune.Trainable):
+        _trial: Any = None
         _to_build: dict[str, Any] | None = None
-        _built = _building = False
 
         def setup(self, config: dict[str, Any]) -> None:
-            if self._building:  # a trainable's reset_config may call it
-                super().setup(config)
-            else:
-                self._to_build = config
+            self._to_build = config
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self._to_build = new_config
-            return trainable.reset_config is not tune.Trainable.reset_config  # without one Ray starts a process
+            return True
 
         def step(self) -> dict[str, Any]:
             if self._to_build is not None:
                 self._build(self._to_build)
-            began = time.monotonic()
-            result = super().step()
-            return {"epoch_s": time.monotonic() - began, **result, "timestamp": time.time()}
+                self._to_build = None
+            return {**self._trial.train(), "timestamp": time.time()}
 
         def _build(self, config: dict[str, Any]) -> None:
-            self._building = True
-            try:
-                if self._built:
-                    super().reset_config(config)
-                else:
-                    super().setup(config)
-            finally:
-                self._building = False
-            self._to_build, self._built = None, True
+            if self._trial is not None:
+                if self._trial.reset(config, self._storage):
+                    return
+                self._trial.cleanup()  # it cannot become another trial
+            self._trial = trainable(config, self._storage)
 
         def cleanup(self) -> None:
-            if self._built:
-                super().cleanup()
+            if self._trial is not None:
+                self._trial.cleanup()
 
-    return Stamped
+    Late.__name__ = trainable.__name__  # which `ps` and Ray's dashboard show
+    return Late
 
 
 class _Unsaved:

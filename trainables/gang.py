@@ -193,7 +193,8 @@ class Follower:
     def build(self, kind: type[Training], config: dict[str, Any]) -> tuple[int, int]:
         """Build the trial, or the next one; epochs done, and steps of the next one."""
         if self._trial is None:
-            self._trial = kind(config)
+            self._trial = kind.__new__(kind)  # Ray's own constructor makes a folder at home for each
+            self._trial.setup(config)
         else:
             self._trial.reset_config(config)
         return self._trial.epoch, self._trial.taken

@@ -97,7 +97,7 @@ def test_a_killed_worker_goes_on_from_its_own_state(faulty: tuple[Path, str]) ->
     storage, _ = faulty
     folder = storage / f"{NAME}_optuna"
     killed = next(trial for trial in replay(folder).trials.values() if trial.task_id == "T-4")
-    assert (folder / "trials" / killed.trial_id / "killed").exists()
+    assert (folder / "trials" / killed.trial_id / "went_wrong").exists()
     assert [epoch for epoch, _ in killed.results] == [1, 2, 3, 4]
     steps = (folder / "trials" / killed.trial_id / "steps.log").read_text().split()
     assert steps == ["1", "2", "3", "4"], "an epoch that was saved was trained again"
@@ -255,6 +255,18 @@ def test_a_trial_that_hangs_is_retried_once_then_recorded(tmp_path: Path) -> Non
     assert [epoch for epoch, _ in once.results] == [1, 2, 3, 4] and once.record and once.record["verdict"] == "pass"
     assert always.record and always.record["stop_reason"] == "failed" and always.epoch == 1
     assert "hung after epoch 1: no report for 0.1 min, twice" in always.record["notes"]
+
+
+def test_a_trial_that_is_killed_or_hangs_while_another_trials_worker_builds_it_is_tried_again(tmp_path: Path) -> None:
+    flags = ("--max-concurrent", "1", "--hang-after", "0.1")
+    code, out, err = finish(start(tmp_path, *flags, TOY_TRIALS="building"))
+    assert code == 0 and "failed" not in out, out + err
+    trials = [trial for trial in replay(tmp_path / NAME).trials.values() if trial.results]
+    assert len(trials) == 3
+    for trial in trials:
+        assert (tmp_path / NAME / "trials" / trial.trial_id / "went_wrong").exists() == (trial.task_id != "T-1")
+        assert [epoch for epoch, _ in trial.results] == [1, 2, 3, 4] and trial.error is None
+        assert all(metrics["epoch_s"] < 1 for _, metrics in trial.results), "building is no part of an epoch"
 
 
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from ray import get_runtime_context
 from ray.actor import exit_actor
 from ray.tune import Trainable
 
@@ -27,7 +28,8 @@ EPOCHS = int(os.environ.get("TOY_EPOCHS", "4"))
 
 class Toy(Trainable):
     """drop = floor + 0.1 / epoch^2; `fault` at epoch `at`: raise, nan, kill (once), sick (raise until healed), hang
-    (once, or always), memory (more than there is), stumble (raise once before every epoch).
+    (once, or always), memory (more than there is), stumble (raise once before every epoch). Kill and hang at epoch 0
+    are while the trial is built.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -37,6 +39,7 @@ class Toy(Trainable):
         state = self.folder / "state.pt"
         self.epoch = json.loads(state.read_text())["epoch"] if state.exists() else 0
         self.again = self.epoch > 0
+        self.go_wrong(0)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.setup(new_config)
@@ -56,10 +59,6 @@ class Toy(Trainable):
             raise RuntimeError("the toy broke")
         if fault == "sick" and self.epoch + 1 == at and not healed(self.config_):
             raise RuntimeError("the toy is sick")
-        once = self.folder / "killed"
-        if fault == "kill" and self.epoch + 1 == at and not once.exists():
-            once.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
         stumbled = self.folder / f"stumbled_{self.epoch}"
         if fault == "stumble" and not stumbled.exists():
             stumbled.touch()
@@ -68,9 +67,7 @@ class Toy(Trainable):
         while fault == "memory" and self.epoch + 1 == at:
             hoard.append(b"1" * (20 << 20))
             time.sleep(0.1)
-        if fault == "hang" and self.epoch + 1 == at and (self.params["always"] or not (self.folder / "hung").exists()):
-            (self.folder / "hung").touch()
-            time.sleep(10_000)
+        self.go_wrong(self.epoch + 1)
         self.epoch += 1
         (self.folder / "host").write_text(socket.gethostname())  # for benchmarks/faults.py
         with (self.folder / "steps.log").open("a") as log:
@@ -80,6 +77,18 @@ class Toy(Trainable):
         temporary.write_text(json.dumps({"epoch": self.epoch}))
         temporary.replace(self.folder / "state.pt")
         return self.report()
+
+    def go_wrong(self, epoch: int) -> None:
+        """Be killed or hang, if that is this trial's fault at this epoch."""
+        fault, once = self.params.get("fault"), self.folder / "went_wrong"
+        if fault not in ("kill", "hang") or epoch != self.params.get("at", 2):
+            return
+        if once.exists() and not self.params.get("always"):
+            return
+        once.touch()
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(10_000)
 
     def report(self) -> dict[str, Any]:
         drop = self.params.get("floor", 0.0) + 0.1 / self.epoch**2
@@ -123,6 +132,9 @@ def measure_quality(job: dict[str, Any]) -> dict[str, Any]:
 def measure_latency(job: dict[str, Any]) -> dict[str, Any]:
     if job["params"].get("fault") == "shy" and not healed(job):
         raise RuntimeError("the toy cannot be timed")
+    with (Path(job["work_dir"]) / "timed").open("a") as log:
+        log.write(f"{get_runtime_context().get_node_id()} {job['exp_id']}\n")
+    time.sleep(float(os.environ.get("TOY_TIMING", "0")))
     whole = dict.fromkeys(BASELINE, 0.5) if os.environ.get("TOY_WHOLE") else {}
     p50 = 2.0 if job["weights"] is None else 1.0
     return {
@@ -170,6 +182,11 @@ TRIALS = {
         Trial("T-1", combo="once", keyparams="", fault="hang", always=False, saves="good.pth"),
         Trial("T-2", combo="always", keyparams="", fault="hang", always=True),
         Trial("T-3", combo="stumbles", keyparams="", fault="stumble"),
+    ],
+    "building": [
+        Trial("T-1", combo="good", keyparams="", floor=0.0, saves="good.pth"),
+        Trial("T-2", combo="killed", keyparams="", fault="kill", at=0),
+        Trial("T-3", combo="hangs", keyparams="", fault="hang", at=0),
     ],
     "greedy": [
         Trial("T-1", combo="good", keyparams="", floor=0.0, sleep=SLEEP, saves="good.pth"),

@@ -1,0 +1,77 @@
+"""Nodes that come late, and nodes that go while a sweep measures: several of Ray's on this machine, with made-up cards."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from sweeps.journal import SweepState
+from sweeps.placement import TYPE
+
+TOY = Path(__file__).with_name("toy_sweep.py")
+NAME = "toy_small_seed42"
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without cores or cards."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("TOY_TIMING", "3")  # the nodes' own environment is that of what runs there
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def drive(cluster: Cluster, storage: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(TOY), "--storage", str(storage), "--address", cluster.address, *flags]
+    env = {**os.environ, "PYTHONPATH": str(TOY.parents[2])}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def lose(cluster: Cluster, node: Any) -> None:
+    """As when the machine has no power: what ran there ends at once, too."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    for process in (raylet, *raylet.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def verdicts(storage: Path) -> list[str | None]:
+    state = SweepState.replay(storage / NAME / "journal.jsonl")
+    assert not any((trial.record or {}).get("unmeasured") for trial in state.trials.values())
+    return [(trial.record or {}).get("verdict") for trial in state.trials.values()]
+
+
+def test_latency_waits_for_its_kind_of_card_and_outlives_the_node_it_is_measured_on(
+    machines: Cluster, tmp_path: Path
+) -> None:
+    """A cluster with one kind of card, asked for another: it is waited for, and when it goes another of it goes on."""
+    machines.add_node(num_cpus=2, num_gpus=1, labels={TYPE: "A10G"})
+    sweep = drive(machines, tmp_path, "--latency-on", "H100", "--wait-for-nodes", "2")
+    time.sleep(12)
+    assert sweep.poll() is None, sweep.communicate()
+    assert not (tmp_path / NAME / "work").exists(), "it began without the card that it was to measure on"
+    larger = machines.add_node(num_cpus=4, num_gpus=1, labels={TYPE: "H100"})
+    smaller = machines.add_node(num_cpus=2, num_gpus=1, labels={TYPE: "H100"})
+    timed, end = tmp_path / NAME / "work" / "timed", time.monotonic() + 120
+    while not timed.exists() or len(timed.read_text().split()) < 4:  # the second one is being timed
+        assert time.monotonic() < end and sweep.poll() is None, sweep.communicate(timeout=20)
+        time.sleep(0.1)
+    lose(machines, larger)
+    _, err = sweep.communicate(timeout=200)
+    assert sweep.returncode == 0, err
+    assert verdicts(tmp_path) == ["n/a", "pass", "fail"]
+    lines = [line.split() for line in timed.read_text().splitlines()]
+    assert [node for node, _ in lines] == 2 * [larger.node_id] + 2 * [smaller.node_id]
+    assert len({name for _, name in lines[1:3]}) == 1, "what was being timed is timed again, on the other node"
