@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -286,7 +286,7 @@ def _call(function: Any, job: dict[str, Any]) -> Any:
     return function(job)
 
 
-def _alone(cluster: Cluster, function: Any, job: dict[str, Any], meanwhile: Any = lambda: None) -> Any:
+def _alone(cluster: Cluster, function: Any, job: dict[str, Any], meanwhile: Callable[[], None] | None = None) -> Any:
     """What the function returns, or its exception: a task that holds a whole node of the kind to measure on.
 
     A node that goes meanwhile is no fault of the function: the next one of its kind starts anew. `meanwhile` is called
@@ -294,15 +294,16 @@ def _alone(cluster: Cluster, function: Any, job: dict[str, Any], meanwhile: Any 
     """
     for _ in range(1 + RETRIES):
         node = measuring_node(cluster)
-        task = ray.remote(
-            num_cpus=max(1, int(node.offers("CPU"))),
-            num_gpus=min(math.ceil(cluster.gpus), node.offers("GPU")),
-            max_retries=2,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False),
-        )(_call)
-        ref = task.remote(function, job)
+        options: dict[str, Any] = {
+            "num_cpus": max(1, int(node.offers("CPU"))),
+            "num_gpus": min(math.ceil(cluster.gpus), node.offers("GPU")),
+            "max_retries": 2,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False),
+        }
+        ref = ray.remote(**options)(_call).remote(function, job)
         while not ray.wait([ref], timeout=1.0)[0]:
-            meanwhile()
+            if meanwhile:
+                meanwhile()
         [result] = _wait([ref])
         if not isinstance(result, GONE):
             break

@@ -175,9 +175,7 @@ def place(asked: Placement, nodes: Sequence[Node], share: float, needs_gpu: bool
         raise InputError(f"--latency-on {asked.latency_on}: these trials have no accelerator; leave it out")
     latency_on = _latency_type(asked, [node for node in fitting if _room(node, gpus, cpus)]) if gpus else None
     alone = not gpus and asked == Placement()
-    return Cluster(
-        slots, gpus, cpus, alone, asked.labels, latency_on, asked.workers, asked.gpu_memory, asked.wait_min
-    )
+    return Cluster(slots, gpus, cpus, alone, asked.labels, latency_on, asked.workers, asked.gpu_memory, asked.wait_min)
 
 
 def _is_large(asked: Placement, node: Node) -> bool:

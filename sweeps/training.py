@@ -202,7 +202,6 @@ def _built_late(trainable: type[Any]) -> type[Any]:
             if self._trial is not None:
                 self._trial.cleanup()
 
-    Late.__name__ = trainable.__name__  # which `ps` and Ray's dashboard show
     return Late
 
 

@@ -1,4 +1,4 @@
-"""Nodes that come late, and nodes that go while a sweep measures: several of Ray's on this machine, with made-up cards."""
+"""Nodes that come late, and nodes that go while a sweep measures: several on this machine, with made-up cards."""
 
 import contextlib
 import os

@@ -1,6 +1,7 @@
 """--workers-per-trial: a real sweep whose trial is trained by two workers, one of which is killed."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -37,14 +38,25 @@ def listening(process: psutil.Process) -> set[str]:
 def test_a_sweep_trains_with_two_workers_and_outlives_one(tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     script = [sys.executable, str(ROOT / "sweeps/aq_pretrain.py"), "--storage", str(storage), *FLAGS]
-    driver = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    home = tmp_path / "home"
+    home.mkdir()
+    driver = subprocess.Popen(
+        script,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HOME": str(home)},
+    )
     journal, killed = storage / "aq_pretrain_demo_seed42" / "journal.jsonl", []
     end = time.monotonic() + 200
     while not killed:  # in its second epoch
         assert time.monotonic() < end and driver.poll() is None, driver.communicate(timeout=60)
         if journal.is_file() and '"result"' in journal.read_text():
             killed = at_work(driver, "ray::Follower.train")
-            for process in [*killed, *at_work(driver, "ray::Pretrain")]:
+            leaders = at_work(driver, "ray::ResourceTrainable")
+            assert leaders
+            for process in [*killed, *leaders]:
                 assert listening(process) <= {"127.0.0.1", "::ffff:127.0.0.1"}, "these ports ask for no token"
             for process in killed:
                 process.kill()
@@ -52,6 +64,7 @@ def test_a_sweep_trains_with_two_workers_and_outlives_one(tmp_path: Path) -> Non
     out, err = driver.communicate(timeout=300)
     assert driver.returncode == 0, err
     assert "Traceback" not in out + err
+    assert not (home / "ray_results").exists(), "Ray's own place for what a trial leaves"
 
     state = SweepState.replay(journal)
     (trial,) = state.trials.values()
