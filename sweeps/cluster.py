@@ -96,6 +96,7 @@ def connect(wanted: Wanted) -> Iterator[Cluster]:
             "runtime_env": {"py_modules": [str(root / package) for package in PACKAGES], "env_vars": WORKERS},
         }
     # Without this Ray takes the machine's outside address in place of the one above, and listens on every interface.
+    beyond = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = address is not None
     Config.initialize("")  # the script may have imported Ray, which read the environment as it was then
     AuthenticationTokenLoader.instance().reset_cache()
@@ -108,6 +109,7 @@ def connect(wanted: Wanted) -> Iterator[Cluster]:
         yield _placed(wanted)
     finally:
         ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = beyond
         if address is None:  # what else this process may do with Ray has nothing to do with our token
             del os.environ["RAY_AUTH_TOKEN"], os.environ["RAY_AUTH_MODE"]
             if before is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray._raylet import AuthenticationTokenLoader, Config
 from ray.cluster_utils import Cluster
 
 from sweeps.journal import SweepState
@@ -21,15 +23,25 @@ NAME = "toy_small_seed42"
 
 
 @pytest.fixture
-def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head without cores or cards."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("TOY_TIMING", "3")  # the nodes' own environment is that of what runs there
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
+def machines() -> Iterator[Cluster]:
+    """A head without cores or cards, and the token that it asks for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.setenv("TOY_TIMING", "3")  # the nodes' own environment is that of what runs there
+        read_environment()
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+    read_environment()
+
+
+def read_environment() -> None:
+    """Ray has read it when it was imported."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def drive(cluster: Cluster, storage: Path, *flags: str) -> subprocess.Popen[str]:
