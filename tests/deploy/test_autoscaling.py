@@ -94,7 +94,7 @@ def test_workers_come_for_a_sweep_and_go_after_it(tmp_path: Path) -> None:
         refused = subprocess.run(
             [*sweep, "--gpu-memory", "40"], capture_output=True, text=True, env={**env, "PYTHONPATH": str(ROOT)}
         )
-        assert refused.returncode == 2 and "none of 1 nodes has one" in refused.stderr
+        assert refused.returncode == 2 and "none of 1 nodes has a card" in refused.stderr
         waits = ["--gpu-memory", "40", "--gpus-per-trial", "1", "--wait-for-nodes", "3", "--max-concurrent", "2"]
         done = subprocess.run(
             [*sweep, *waits], capture_output=True, text=True, timeout=400, env={**env, "PYTHONPATH": str(ROOT)}
