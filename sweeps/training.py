@@ -195,7 +195,8 @@ def _built_late(trainable: type[Any]) -> type[Any]:
             if self._trial is not None:
                 if self._trial.reset(config, self._storage):
                     return
-                self._trial.cleanup()  # it cannot become another trial
+                self._trial.cleanup()  # it cannot become another trial, and there may not be room for both
+                self._trial = None
             self._trial = trainable(config, self._storage)
 
         def cleanup(self) -> None:

@@ -269,6 +269,16 @@ def test_a_trial_that_is_killed_or_hangs_while_another_trials_worker_builds_it_i
         assert all(metrics["epoch_s"] < 1 for _, metrics in trial.results), "building is no part of an epoch"
 
 
+def test_a_trainable_that_cannot_become_another_trial_is_made_anew(tmp_path: Path) -> None:
+    code, out, err = finish(start(tmp_path, "--max-concurrent", "1", TOY_ANEW="1"))
+    assert code == 0 and "failed" not in out, out + err
+    trials = [trial for trial in replay(tmp_path / NAME).trials.values() if trial.role == "trial"]
+    assert [trial.stop[1] if trial.stop else None for trial in trials] == ["completed", "stop_loss"]
+    for trial in trials:
+        log = tmp_path / NAME / "trials" / trial.trial_id / "steps.log"
+        assert log.read_text().split() == [str(epoch) for epoch, _ in trial.results]
+
+
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:
     """While Ray is loaded, and while torch is, which comes later."""
     command = [sys.executable, "sweeps/k_grid.py", "--storage", str(tmp_path / "runs")]

@@ -42,6 +42,8 @@ class Toy(Trainable):
         self.go_wrong(0)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        if os.environ.get("TOY_ANEW"):
+            return False
         self.setup(new_config)
         return True
 
