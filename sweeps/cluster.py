@@ -7,8 +7,9 @@ import re
 import secrets
 import socket
 import sys
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     **WORKERS,
 }
+
+LOOK_S = 30.0  # between two looks at whether there is still a node
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,30 @@ def measuring_node(found: Cluster) -> Node:
         kind = f"--latency-on {found.latency_on}" if found.latency_on else "measuring"
         raise InputError(f"{kind}: its nodes are gone; add one and go on with --resume")
     return max(fitting, key=lambda node: (node.offers("GPU"), node.offers("CPU"), node.node_id))
+
+
+class Lookout:
+    """Looks now and then for a node that what is still to run could have; `say` is given a line when there is none, and
+    one when there is again. To Ray such work is only pending.
+    """
+
+    def __init__(self, cluster: Cluster, say: Callable[[str], None]) -> None:
+        self._cluster, self._say = cluster, say
+        self._looked, self._waits = time.monotonic(), False
+
+    def look(self) -> None:
+        """To be called often. Raises OSError when Ray has no node at all."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_S:
+            return
+        self._looked, alive = now, nodes()
+        if not alive:
+            raise OSError("Ray has no node left, so that nothing can run; start it again and go on with --resume")
+        waits = not any(self._cluster.trains_on(node) for node in alive)
+        if waits != self._waits:
+            none = f"none of {len(alive)} nodes has what a trial needs ({self._cluster.needs}): waiting for one"
+            self._say(none if waits else "a node that has what a trial needs is up")
+        self._waits = waits
 
 
 def _bring(gpus: float, cpus: float, labels: Mapping[str, str], count: int, minutes: float) -> None:

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engines.errors import InputError
 from sweeps import audit
-from sweeps.cluster import measuring_node
+from sweeps.cluster import Lookout, measuring_node
 from sweeps.hours import on_gpu, trained
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
@@ -126,9 +126,10 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
             needs: dict[str, Any] = {"num_gpus": bench.cluster.gpus, "label_selector": dict(bench.cluster.labels)}
             task = ray.remote(num_cpus=1, max_retries=2, **needs)(_call)
             pending = {task.remote(measures.measure_quality, bench.job(trial)): trial for trial in able}
+            lookout = Lookout(bench.cluster, progress.line)
             for done, (ref, trial) in enumerate(pending.items()):
                 progress.item(f"quality of {trial.exp_id}", done)
-                _merge(found[trial.trial_id], _wait([ref])[0], "quality")
+                _merge(found[trial.trial_id], _result(ref, lookout.look), "quality")
             for done, trial in enumerate(able):
                 if timed:
                     progress.item(f"latency of {trial.exp_id}, alone on its device", len(able) + done)
@@ -300,25 +301,21 @@ def _alone(cluster: Cluster, function: Any, job: dict[str, Any], meanwhile: Call
             "max_retries": 2,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False),
         }
-        ref = ray.remote(**options)(_call).remote(function, job)
-        while not ray.wait([ref], timeout=1.0)[0]:
-            if meanwhile:
-                meanwhile()
-        [result] = _wait([ref])
+        result = _result(ray.remote(**options)(_call).remote(function, job), meanwhile)
         if not isinstance(result, GONE):
             break
     return result
 
 
-def _wait(refs: Sequence[Any]) -> list[Any]:
-    """The tasks' results, or the exceptions in their place."""
-    results: list[Any] = []
-    for ref in refs:
-        try:
-            results.append(ray.get(ref))
-        except ray.exceptions.RayError as error:
-            results.append(getattr(error, "cause", None) or error)
-    return results
+def _result(ref: Any, meanwhile: Callable[[], None] | None) -> Any:
+    """What a task returned, or its exception; `meanwhile` is called every second."""
+    while not ray.wait([ref], timeout=1.0)[0]:
+        if meanwhile:
+            meanwhile()
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayError as error:
+        return getattr(error, "cause", None) or error
 
 
 def _raise(result: Any) -> None:

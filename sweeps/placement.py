@@ -84,10 +84,22 @@ class Cluster:
     gpu_memory: int | None = None
     wait_min: float = 0.0
 
+    @property
+    def needs(self) -> str:
+        """What a worker of a trial takes of its node, in words."""
+        card = f", a card of {self.gpu_memory} GB or more" if self.gpu_memory else ""
+        return f"CPU {self.cpus:g}, GPU {self.gpus:g}{card}"
+
+    def trains_on(self, node: Node) -> bool:
+        """Whether a worker of a trial has room there once the node is free."""
+        return self._is_large(node) and node.offers("GPU") >= self.gpus and node.offers("CPU") >= self.cpus
+
     def measures_on(self, node: Node) -> bool:
         """Whether latency may be measured there: on a card of that type, and no smaller than trials asked for."""
-        large = self.gpu_memory is None or (node.memory or 0) >= self.gpu_memory
-        return large and (self.latency_on is None or node.labels.get(TYPE) == self.latency_on)
+        return self._is_large(node) and (self.latency_on is None or node.labels.get(TYPE) == self.latency_on)
+
+    def _is_large(self, node: Node) -> bool:
+        return self.gpu_memory is None or (node.memory or 0) >= self.gpu_memory
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -107,12 +107,12 @@ class Progress:
         """A trial's training is over."""
         self._ended(trial)
         epoch, reason, detail = trial.stop or (0, "", "")
-        self._line(f"{trial.exp_id}: {reason} after epoch {epoch}. {detail}")
+        self.line(f"{trial.exp_id}: {reason} after epoch {epoch}. {detail}")
 
     def failed(self, trial: TrialState) -> None:
         """A trial was given up."""
         self._ended(trial)
-        self._line(f"{trial.exp_id}: failed. {trial.error}")
+        self.line(f"{trial.exp_id}: failed. {trial.error}")
 
     def measured(self, trial: TrialState) -> None:
         """A trial has its record."""
@@ -125,6 +125,11 @@ class Progress:
             self._total, self._counted_since = total, time.monotonic()
         self._item, self._done = name, done
         self._say()
+
+    def line(self, text: str) -> None:
+        """A line of its own, which stays."""
+        self._said = time.monotonic()
+        self.console.print(Text(text), soft_wrap=True)
 
     def time_left_s(self) -> float | None:
         """Estimate for the present phase in seconds, None before its first item ended."""
@@ -169,7 +174,7 @@ class Progress:
         if self._live is None and (force or time.monotonic() - self._said > PLAIN_EVERY_S):
             running, more = self._shown()
             said = [f"{trial.exp_id} {trial.epoch}/{self.epochs} {percent(_last(trial))}" for trial in running]
-            self._line("; ".join([self._headline(), *said, *more]))
+            self.line("; ".join([self._headline(), *said, *more]))
 
     def _shown(self) -> tuple[list[TrialState], list[str]]:
         """Trials that train and are named, and in words how many are not."""
@@ -177,10 +182,6 @@ class Progress:
             return [], []
         running = [trial for trial in self._mine() if trial.trial_id in self.running]
         return running[:NAMED], [f"and {len(running) - NAMED} more"] if len(running) > NAMED else []
-
-    def _line(self, text: str) -> None:
-        self._said = time.monotonic()
-        self.console.print(Text(text), soft_wrap=True)
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))

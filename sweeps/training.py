@@ -21,7 +21,7 @@ from ray.tune.search import Searcher
 
 from sweeps import memory
 from sweeps.audit import is_chosen
-from sweeps.cluster import nodes
+from sweeps.cluster import Lookout
 from sweeps.flags import Flags
 from sweeps.ledger import Ledger
 from sweeps.placement import Cluster
@@ -32,7 +32,6 @@ from sweeps.spec import Sweep
 from sweeps.stoploss import StopLossRule
 
 RETRIES = 3  # without a new epoch in between
-LOOK_S = 30.0  # between two looks at whether there is still a node
 SPARE = 1 << 20  # bytes: with less the storage counts as full
 LEFT = "exit_actor() is called"  # Ray's words for a trial that heard that its node goes (trainables/preemption.py)
 
@@ -144,7 +143,7 @@ def train(
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=scratch,
-                callbacks=[_Watch(ledger, progress, broken, 60 * given.hang_min)],
+                callbacks=[_Watch(ledger, progress, broken, 60 * given.hang_min, Lookout(cluster, progress.line))],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
                 verbose=0,
@@ -253,19 +252,18 @@ class _Heard:
 class _Watch(_Unsaved, Callback):
     """Tells the journal of trials that Ray gave up on, and the display of trials that start; ends those that hang."""
 
-    def __init__(self, ledger: Ledger, progress: Progress, broken: list[OSError], hang_s: float) -> None:
+    def __init__(
+        self, ledger: Ledger, progress: Progress, broken: list[OSError], hang_s: float, lookout: Lookout
+    ) -> None:
         self._ledger, self._progress, self._broken, self._hang_s = ledger, progress, broken, hang_s
+        self._lookout, self._looks_at = lookout, 0.0
         self._heard: dict[str, _Heard] = {}
-        self._looks_at, self._looked = 0.0, time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._broken:
             raise self._broken[0]  # without its journal a sweep must not go on
+        self._lookout.look()
         now = time.monotonic()
-        if now - self._looked > LOOK_S:
-            self._looked = now
-            if not nodes():
-                raise OSError("Ray has no node left, so that nothing can run; start it again and go on with --resume")
         if now < self._looks_at:  # Ray steps at every event: a look at 10,000 trials each time would outweigh all else
             return
         self._looks_at = now + self._hang_s / 60

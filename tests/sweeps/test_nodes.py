@@ -6,7 +6,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,10 @@ def read_environment() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def drive(cluster: Cluster, storage: Path, *flags: str) -> subprocess.Popen[str]:
+def drive(cluster: Cluster, storage: Path, *flags: str, out: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     command = [sys.executable, str(TOY), "--storage", str(storage), "--address", cluster.address, *flags]
     env = {**os.environ, "PYTHONPATH": str(TOY.parents[2])}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def lose(cluster: Cluster, node: Any) -> None:
@@ -57,6 +57,13 @@ def lose(cluster: Cluster, node: Any) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     cluster.remove_node(node, allow_graceful=False)
+
+
+def wait_for(sweep: subprocess.Popen[str], what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < end and sweep.poll() is None, sweep.communicate(timeout=20)
+        time.sleep(0.1)
 
 
 def verdicts(storage: Path) -> list[str | None]:
@@ -76,10 +83,8 @@ def test_latency_waits_for_its_kind_of_card_and_outlives_the_node_it_is_measured
     assert not (tmp_path / NAME / "work").exists(), "it began without the card that it was to measure on"
     larger = machines.add_node(num_cpus=4, num_gpus=1, labels={TYPE: "H100"})
     smaller = machines.add_node(num_cpus=2, num_gpus=1, labels={TYPE: "H100"})
-    timed, end = tmp_path / NAME / "work" / "timed", time.monotonic() + 120
-    while not timed.exists() or len(timed.read_text().split()) < 4:  # the second one is being timed
-        assert time.monotonic() < end and sweep.poll() is None, sweep.communicate(timeout=20)
-        time.sleep(0.1)
+    timed = tmp_path / NAME / "work" / "timed"
+    wait_for(sweep, lambda: timed.exists() and len(timed.read_text().split()) == 4)  # the second one is being timed
     lose(machines, larger)
     _, err = sweep.communicate(timeout=200)
     assert sweep.returncode == 0, err
@@ -87,3 +92,27 @@ def test_latency_waits_for_its_kind_of_card_and_outlives_the_node_it_is_measured
     lines = [line.split() for line in timed.read_text().splitlines()]
     assert [node for node, _ in lines] == 2 * [larger.node_id] + 2 * [smaller.node_id]
     assert len({name for _, name in lines[1:3]}) == 1, "what was being timed is timed again, on the other node"
+
+
+def test_a_sweep_whose_last_node_goes_says_what_it_waits_for(
+    machines: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once while it trains, once while it measures; a head without cores is a node, and of no use to it."""
+    for key, value in {"TOY_SLEEP": "1", "TOY_QUALITY": "3", "TOY_LOOK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    screen, none = tmp_path / "screen", "none of 1 nodes has what a trial needs (CPU 1, GPU 0): waiting for one"
+    node = machines.add_node(num_cpus=2)
+    with screen.open("w") as out:
+        sweep = drive(machines, tmp_path, out=out)
+        wait_for(sweep, lambda: any(tmp_path.glob(f"{NAME}/trials/*/steps.log")))
+        lose(machines, node)
+        wait_for(sweep, lambda: none in screen.read_text())
+        node = machines.add_node(num_cpus=2)
+        wait_for(sweep, lambda: "measuring, 0 of 6" in screen.read_text())
+        lose(machines, node)
+        wait_for(sweep, lambda: screen.read_text().count(none) == 2)
+        machines.add_node(num_cpus=2)
+        _, err = sweep.communicate(timeout=200)
+    assert sweep.returncode == 0, err
+    assert verdicts(tmp_path) == ["n/a", "pass", "fail"]
+    assert screen.read_text().count("a node that has what a trial needs is up") == 2

@@ -17,6 +17,7 @@ from ray import get_runtime_context
 from ray.actor import exit_actor
 from ray.tune import Trainable
 
+from sweeps import cluster
 from sweeps.launch import main
 from sweeps.measure import BASELINE
 from sweeps.spec import Gate, Sweep, Trial, uniform
@@ -116,6 +117,7 @@ def prepare(job: dict[str, Any]) -> None:
 
 
 def measure_quality(job: dict[str, Any]) -> dict[str, Any]:
+    time.sleep(float(os.environ.get("TOY_QUALITY", "0")))
     drop = 0.0 if job["weights"] is None else job["params"].get("floor", 0.0)
     quality = 0.1 * (1 + drop)
     if job["weights"]:
@@ -222,4 +224,5 @@ SWEEP = Sweep(
 )
 
 if __name__ == "__main__":
+    cluster.LOOK_S = float(os.environ.get("TOY_LOOK", cluster.LOOK_S))
     main(SWEEP)
