@@ -1,15 +1,19 @@
-"""Before the first trial on a cluster: every host runs the same Python, Ray, requirements and project, and sees and may
-write the same storage. What differs is named, with its host.
+"""On a cluster every host runs the same Python, Ray, requirements and project, and sees and may write the same storage.
+Hosts that are up are asked before the first trial, later ones by the first work that they are given. What differs is
+named, with its host.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import secrets
 import shutil
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +30,18 @@ ANSWER_S = 120.0
 HOW_TO_SHARE = (
     "mount one folder at this path on every host (NFS 4, Lustre, CephFS), or name another --storage that they all have"
 )
-Answer = dict[str, str]
+PAUSE_S = 10.0
+Answer = Mapping[str, str]
 
 
-def check(storage: Path) -> None:
-    """Ask every host; InputError names the first that does not fit. storage: the folder of the sweep, which exists."""
+class UnfitError(Exception):
+    """A host on which this sweep cannot run; its work belongs on another."""
+
+
+def check(storage: Path) -> Answer:
+    """Ask every host; InputError names the first that does not fit. Returns the versions that all have. storage: the
+    folder of the sweep, which exists.
+    """
     living = nodes()
     folder = storage / f".hosts-{secrets.token_hex(4)}"
     try:
@@ -45,12 +56,29 @@ def check(storage: Path) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     answers = [(node, answer) for node, answer in asked if answer]
-    _same_versions(_versions(), answers)
+    here = _versions()
+    for node, answer in answers:
+        if differs := _differences(here, answer):
+            raise InputError(f"host {node.host}: {differs}")
     for node, answer in answers:
         if answer["storage"]:
             raise InputError(f"host {node.host} cannot use --storage {storage.parent}: {answer['storage']}")
         if node.node_id not in seen:
             raise InputError(f"--storage {storage.parent}: host {node.host}'s files are not seen here; {HOW_TO_SHARE}")
+    return here
+
+
+def ask(versions: Answer, folder: Path) -> None:
+    """On a host that work was sent to: raises UnfitError when it has other versions, or may not write to the folder.
+
+    Only after a pause: it is free, and would be given the next work, and the next, while others are busy.
+    """
+    why = _differences(versions, _versions())
+    if not why and not os.access(folder, os.W_OK):
+        why = f"{folder} is not there, or may not be written; {HOW_TO_SHARE}"
+    if why:
+        time.sleep(PAUSE_S)
+        raise UnfitError(f"host {socket.gethostname()}: {why}")
 
 
 def _on(node: Node) -> Any:
@@ -89,6 +117,7 @@ def _storage(folder: Path, node_id: str) -> str:
     return ""
 
 
+@functools.cache
 def _versions() -> Answer:
     found = {"Python": platform.python_version(), "the project": _source()}
     for name in REQUIREMENTS:
@@ -110,9 +139,8 @@ def _source() -> str:
     return whole.hexdigest()[:12]
 
 
-def _same_versions(here: Answer, answers: Sequence[tuple[Node, Answer]]) -> None:
-    for node, answer in answers:
-        differ = [f"{what} is {answer[what]} there, {here[what]} here" for what in here if answer[what] != here[what]]
-        if differ:
-            how = "install the same there (pip install -c constraints.txt) and start its Ray again"
-            raise InputError(f"host {node.host}: {'; '.join(differ)}; {how}")
+def _differences(here: Answer, there: Answer) -> str:
+    """In words, with what to do; empty where there are none."""
+    differ = [f"{what} is {there[what]} there, {here[what]} here" for what in here if there[what] != here[what]]
+    how = "install the same there (pip install -c constraints.txt) and start its Ray again"
+    return f"{'; '.join(differ)}; {how}" if differ else ""

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,7 @@ def _execute(order: Order) -> int:
         # In this order: Ray sets its own handler of SIGTERM, which would abort the process.
         with ray_cluster.connect(_wanted(order)) as cluster, interruptible():
             if order.given.address:
-                hosts.check(ledger.folder)
+                cluster = replace(cluster, versions=hosts.check(ledger.folder))
             return _sweep(order, ledger, cluster, clock, console)
     except KeyboardInterrupt:
         return _interrupted(order, ledger, console)

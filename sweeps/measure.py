@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from engines.errors import InputError
 from sweeps import audit
 from sweeps.cluster import Lookout, measuring_node
+from sweeps.hosts import UnfitError, ask
 from sweeps.hours import on_gpu, trained
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
@@ -33,7 +34,7 @@ from trainables.record import Record, finite, now
 # How a task ends whose node went, not one whose worker did: that may be the function's own fault.
 GONE = (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError)
 STATE = "state.pt"  # what trainables/training.py goes on from
-OWN_FIELDS = {field.name for field in fields(Record)} - {"extra"}
+OWN_FIELDS = {known.name for known in fields(Record)} - {"extra"}
 TRAINING = ("rho", "T", "beta", "gamma")  # fields of the record that are settings of training
 BASELINE = ("chamfer", "absrel", "rmse", "delta1", "params_M", "flops_G", "size_MB",
             "t_pair_p50_ms", "t_pair_p95_ms", "pairs_per_sec")  # fmt: skip
@@ -43,7 +44,8 @@ BASELINE = ("chamfer", "absrel", "rmse", "delta1", "params_M", "flops_G", "size_
 class Bench:
     """What measuring needs: the sweep, its settings, where things lie, and what every record repeats.
 
-    kinds: parameters of trials that together need all that any trial will share with others; seeds: of all trials.
+    kinds: parameters of trials that together need all that any trial will share with others; seeds: of all trials;
+    unfit: nodes that cannot run the sweep, and why.
     """
 
     sweep: Sweep
@@ -54,6 +56,7 @@ class Bench:
     common: Mapping[str, Any]
     kinds: Sequence[Mapping[str, Any]]
     seeds: Sequence[int]
+    unfit: dict[str, str] = field(default_factory=dict)
 
     def job(self, trial: Planned | None) -> dict[str, Any]:
         """What a measuring function is given; None or the teacher: no weights."""
@@ -94,7 +97,7 @@ def prepare(bench: Bench, measures: Measures, progress: Progress) -> None:
 
     try:
         with progress.phase("preparing what all trials share"):
-            found = _alone(bench.cluster, measures.prepare, {**job, "report": str(report)}, look)
+            found = _alone(bench, measures.prepare, {**job, "report": str(report)}, look)
     finally:
         report.unlink(missing_ok=True)
     _raise(found)
@@ -125,15 +128,19 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
         with progress.phase("measuring", total=(1 + timed) * len(able)):
             needs: dict[str, Any] = {"num_gpus": bench.cluster.gpus, "label_selector": dict(bench.cluster.labels)}
             task = ray.remote(num_cpus=1, max_retries=2, **needs)(_call)
-            pending = {task.remote(measures.measure_quality, bench.job(trial)): trial for trial in able}
+            jobs = [(measures.measure_quality, bench.job(trial), bench.cluster.versions) for trial in able]
+            refs = [task.remote(*job) for job in jobs]
             lookout = Lookout(bench.cluster, progress.line)
-            for done, (ref, trial) in enumerate(pending.items()):
+            for done, trial in enumerate(able):
                 progress.item(f"quality of {trial.exp_id}", done)
-                _merge(found[trial.trial_id], _result(ref, lookout.look), "quality")
+                while isinstance(result := _result(refs[done], lookout.look), UnfitError):
+                    progress.once(str(result))
+                    refs[done] = task.remote(*jobs[done])
+                _merge(found[trial.trial_id], result, "quality")
             for done, trial in enumerate(able):
                 if timed:
                     progress.item(f"latency of {trial.exp_id}, alone on its device", len(able) + done)
-                    result = _alone(bench.cluster, measures.measure_latency, bench.job(trial))
+                    result = _alone(bench, measures.measure_latency, bench.job(trial))
                     _merge(found[trial.trial_id], result, "latency")
                 write(trial)
 
@@ -149,7 +156,7 @@ def compile_best(bench: Bench, trial: TrialState | None, progress: Progress) -> 
         return
     with progress.phase("compiling the TensorRT engine"):
         planned = bench.ledger.planned[trial.trial_id]
-        result = _alone(bench.cluster, measures.compile_engine, bench.job(planned))
+        result = _alone(bench, measures.compile_engine, bench.job(planned))
     found = {"trt": f"not built: {one_line(result)}"} if isinstance(result, Exception) else result
     bench.ledger.append("record", trial_id=trial.trial_id, record={**trial.record, **found})
 
@@ -283,26 +290,31 @@ def _notes(state: TrialState, found: Mapping[str, Any]) -> str | None:
     return "; ".join(words) or None
 
 
-def _call(function: Any, job: dict[str, Any]) -> Any:
+def _call(function: Any, job: dict[str, Any], versions: Mapping[str, str]) -> Any:
+    if versions:
+        ask(versions, Path(job["work_dir"]))
     return function(job)
 
 
-def _alone(cluster: Cluster, function: Any, job: dict[str, Any], meanwhile: Callable[[], None] | None = None) -> Any:
+def _alone(bench: Bench, function: Any, job: dict[str, Any], meanwhile: Callable[[], None] | None = None) -> Any:
     """What the function returns, or its exception: a task that holds a whole node of the kind to measure on.
 
-    A node that goes meanwhile is no fault of the function: the next one of its kind starts anew. `meanwhile` is called
-    every second.
+    A node that goes meanwhile is no fault of the function, nor is one that joined and does not fit: the next one of its
+    kind starts anew. `meanwhile` is called every second.
     """
     for _ in range(1 + RETRIES):
-        node = measuring_node(cluster)
+        node = measuring_node(bench.cluster, bench.unfit)
         options: dict[str, Any] = {
             "num_cpus": max(1, int(node.offers("CPU"))),
-            "num_gpus": min(math.ceil(cluster.gpus), node.offers("GPU")),
+            "num_gpus": min(math.ceil(bench.cluster.gpus), node.offers("GPU")),
             "max_retries": 2,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False),
         }
-        result = _result(ray.remote(**options)(_call).remote(function, job), meanwhile)
-        if not isinstance(result, GONE):
+        task = ray.remote(**options)(_call)
+        result = _result(task.remote(function, job, bench.cluster.versions), meanwhile)
+        if isinstance(result, UnfitError):
+            bench.unfit[node.node_id] = str(result)
+        elif not isinstance(result, GONE):
             break
     return result
 

@@ -71,7 +71,8 @@ class Node:
 class Cluster:
     """What can be used. slots: trials at a time; workers: of each trial; gpus, cpus: of each worker; shared_cores:
     whether a few trials more than slots may share the cores; labels: of the nodes that may have one; latency_on:
-    accelerator type to measure on; wait_min: for a node of it, should none be there.
+    accelerator type to measure on; wait_min: for a node of it, should none be there; versions: of what every host must
+    have, empty on one machine.
     """
 
     slots: int
@@ -83,6 +84,7 @@ class Cluster:
     workers: int = 1
     gpu_memory: int | None = None
     wait_min: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def needs(self) -> str:

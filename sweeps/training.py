@@ -23,6 +23,7 @@ from sweeps import memory
 from sweeps.audit import is_chosen
 from sweeps.cluster import Lookout
 from sweeps.flags import Flags
+from sweeps.hosts import UnfitError, ask
 from sweeps.ledger import Ledger
 from sweeps.placement import Cluster
 from sweeps.plan import Planned
@@ -131,7 +132,7 @@ def train(
     scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)
     try:
         tune.Tuner(
-            tune.with_resources(_built_late(sweep.trainable), resources),
+            tune.with_resources(_built_late(sweep.trainable, cluster.versions), resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Queue(configs),
                 scheduler=scheduler,
@@ -165,12 +166,12 @@ def train(
             _fail(ledger, trial.trial_id, "Ray ended the trial without a word")
 
 
-def _built_late(trainable: type[Any]) -> type[Any]:
+def _built_late(trainable: type[Any], versions: Mapping[str, str]) -> type[Any]:
     """What Tune runs in the place of this trainable: it builds the trial in its first step.
 
     While a trial is built outside of a step it is not RUNNING to Ray: one that loses its worker there is given up
     without a second try, and nobody looks whether it hangs. The seconds of an epoch are those of its training alone,
-    and its moment is exact: Ray's own is cut to whole seconds.
+    and its moment is exact: Ray's own is cut to whole seconds. versions: that a host must have, if any.
     """
 
     class Late(tune.Trainable):
@@ -191,6 +192,8 @@ def _built_late(trainable: type[Any]) -> type[Any]:
             return {**self._trial.train(), "timestamp": time.time()}
 
         def _build(self, config: dict[str, Any]) -> None:
+            if versions:
+                ask(versions, Path(config["state_dir"]))
             if self._trial is not None:
                 if self._trial.reset(config, self._storage):
                     return
@@ -296,7 +299,10 @@ class _Watch(_Unsaved, Callback):
         trial.run_metadata.metric_n_steps.clear()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if LEFT in _last_failure(trial):  # its node was taken away, which says nothing about the trial
+        text = _last_failure(trial)
+        if UnfitError.__name__ in text:
+            self._progress.once(last_error(text).partition(": ")[2])
+        if LEFT in text or UnfitError.__name__ in text:  # which says something of its node, not of the trial
             trial.run_metadata.num_failures -= 1
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

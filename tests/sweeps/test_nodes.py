@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -116,3 +117,28 @@ def test_a_sweep_whose_last_node_goes_says_what_it_waits_for(
     assert sweep.returncode == 0, err
     assert verdicts(tmp_path) == ["n/a", "pass", "fail"]
     assert screen.read_text().count("a node that has what a trial needs is up") == 2
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_with_another_version_is_given_nothing_for_long(
+    machines: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the larger one, on which latency would be measured. The trial that it was given runs elsewhere."""
+    for key, value in {"TOY_SLEEP": "4", "TOY_QUALITY": "3", "TOY_TRIALS": "steady"}.items():
+        monkeypatch.setenv(key, value)
+    good, screen = machines.add_node(num_cpus=1), tmp_path / "screen"
+    (tmp_path / "other" / "stim-0.1.dist-info").mkdir(parents=True)
+    (tmp_path / "other" / "stim-0.1.dist-info" / "METADATA").write_text("Name: stim\nVersion: 0.1\n")
+    with screen.open("w") as out:
+        sweep = drive(machines, tmp_path, "--max-concurrent", "2", out=out)
+        wait_for(sweep, lambda: any(tmp_path.glob(f"{NAME}/trials/*/steps.log")))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "other"))
+        machines.add_node(num_cpus=2)
+        _, err = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0, err
+    assert re.findall(r"host \S+: stim is 0\.1 there, [\d.]+ here; install the same there", screen.read_text())
+    state = SweepState.replay(tmp_path / NAME / "journal.jsonl")
+    assert [trial.error for trial in state.trials.values()] == [None] * 4
+    assert verdicts(tmp_path) == ["n/a", "pass", "pass", "pass"]
+    timed = (tmp_path / NAME / "work" / "timed").read_text().splitlines()
+    assert {line.split()[0] for line in timed} == {good.node_id}
