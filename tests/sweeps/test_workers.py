@@ -53,9 +53,9 @@ def test_a_sweep_trains_with_two_workers_and_outlives_one(tmp_path: Path) -> Non
     while not killed:  # in its second epoch
         assert time.monotonic() < end and driver.poll() is None, driver.communicate(timeout=60)
         if journal.is_file() and '"result"' in journal.read_text():
-            killed = at_work(driver, "ray::Follower.train")
+            followers = at_work(driver, "ray::Follower.train")
             leaders = at_work(driver, "ray::ResourceTrainable")
-            assert leaders
+            killed = followers if leaders else []  # a process that is changing its title has none
             for process in [*killed, *leaders]:
                 assert listening(process) <= {"127.0.0.1", "::ffff:127.0.0.1"}, "these ports ask for no token"
             for process in killed:
