@@ -331,8 +331,8 @@ def _result(ref: Any, meanwhile: Callable[[], None] | None) -> Any:
 
 
 def _raise(result: Any) -> None:
-    if isinstance(result, InputError):
-        raise InputError(str(result))
+    if isinstance(result, (InputError, UnfitError, *GONE)):
+        raise InputError(one_line(str(result)))
     if isinstance(result, ray.exceptions.OutOfMemoryError):
         raise InputError(f"{told(str(result))} while it prepared what all trials share; a larger host can")
     if isinstance(result, Exception):

@@ -98,7 +98,9 @@ class Cluster:
 
     def measures_on(self, node: Node) -> bool:
         """Whether latency may be measured there: on a card of that type, and no smaller than trials asked for."""
-        return self._is_large(node) and (self.latency_on is None or node.labels.get(TYPE) == self.latency_on)
+        offers = node.offers("CPU") >= 1 and node.offers("GPU") >= math.ceil(self.gpus)  # a head may have neither
+        kind = self.latency_on is None or node.labels.get(TYPE) == self.latency_on
+        return offers and kind and self._is_large(node)
 
     def _is_large(self, node: Node) -> bool:
         return self.gpu_memory is None or (node.memory or 0) >= self.gpu_memory

@@ -55,6 +55,13 @@ def test_latency_is_measured_on_a_card_that_is_large_enough() -> None:
     assert found.measures_on(large) and not found.measures_on(other)
 
 
+def test_latency_is_not_measured_on_a_head_without_what_trials_need() -> None:
+    found = place(Placement(), [node("worker", 8, 1)], 1.0, needs_gpu=True)
+    assert not found.measures_on(node("head", 8, 0)), "its cores would be measured in the place of a card"
+    found = place(Placement(gpus=0), [node("worker", 8, 0)], 1.0, needs_gpu=False)
+    assert found.measures_on(node("worker", 8, 0)) and not found.measures_on(node("head", 0, 0))
+
+
 def test_latency_is_measured_on_one_kind() -> None:
     with pytest.raises(InputError, match="--latency-on: the nodes have A100-80G, T4.*name one"):
         place(Placement(), [SMALL, LARGE], 1.0, needs_gpu=True)
