@@ -146,24 +146,19 @@ def _placed(wanted: Wanted) -> Cluster:
     return place(asked, nodes(), wanted.share, wanted.needs_gpu)
 
 
-def measuring_node(found: Cluster, unfit: Mapping[str, str]) -> Node:
-    """The node to measure on: of those alive always the same one, so that its times compare. unfit: nodes that will not
-    do, and why.
+def measuring_node(found: Cluster) -> Node:
+    """The node to measure on: of those alive always the same one, so that its times compare.
 
     Raises InputError where there is none, and none came while there was time to wait for one.
     """
-
-    def fitting() -> list[Node]:
-        return [node for node in nodes() if found.measures_on(node) and node.node_id not in unfit]
-
-    there = fitting()
+    there = [node for node in nodes() if found.measures_on(node)]
     if not there and found.wait_min:
         labels = {**found.labels, **({TYPE: found.latency_on} if found.latency_on else {})}
         _bring(found.gpus, found.cpus, labels, 1, found.wait_min)
-        there = fitting()
+        there = [node for node in nodes() if found.measures_on(node)]
     if not there:
         kind = f"--latency-on {found.latency_on}" if found.latency_on else "measuring"
-        why = "; ".join(unfit.values()) or "its nodes are gone; add one"
+        why = "; ".join(found.unfit.values()) or "its nodes are gone; add one"
         raise InputError(f"{kind}: {why}; then go on with --resume")
     return max(there, key=lambda node: (node.offers("GPU"), node.offers("CPU"), node.node_id))
 

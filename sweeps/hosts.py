@@ -22,7 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engines.errors import InputError
 from sweeps.cluster import PACKAGES, nodes
-from sweeps.placement import Node
+from sweeps.placement import Cluster, Node
+from sweeps.progress import Progress
 
 # Those whose numbers or files differ between versions.
 REQUIREMENTS = ("ray", "torch", "numpy", "onnx", "onnxruntime", "nvidia-modelopt", "stim", "pymatching")
@@ -35,7 +36,14 @@ Answer = Mapping[str, str]
 
 
 class UnfitError(Exception):
-    """A host on which this sweep cannot run; its work belongs on another."""
+    """A node on which this sweep cannot run; its work belongs on another."""
+
+    def __init__(self, node_id: str, why: str) -> None:
+        super().__init__(node_id, why)
+        self.node_id, self.why = node_id, why
+
+    def __str__(self) -> str:
+        return self.why
 
 
 def check(storage: Path) -> Answer:
@@ -78,7 +86,14 @@ def ask(versions: Answer, folder: Path) -> None:
         why = f"{folder} is not there, or may not be written; {HOW_TO_SHARE}"
     if why:
         time.sleep(PAUSE_S)
-        raise UnfitError(f"host {socket.gethostname()}: {why}")
+        raise UnfitError(ray.get_runtime_context().get_node_id(), f"host {socket.gethostname()}: {why}")
+
+
+def exclude(cluster: Cluster, progress: Progress, error: UnfitError) -> None:
+    """From now on the node is none of those that the sweep has; why is said the first time."""
+    if error.node_id not in cluster.unfit:
+        cluster.unfit[error.node_id] = error.why
+        progress.line(error.why)
 
 
 def _on(node: Node) -> Any:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from engines.errors import InputError
 from sweeps import audit
 from sweeps.cluster import Lookout, measuring_node
-from sweeps.hosts import UnfitError, ask
+from sweeps.deaths import told
+from sweeps.hosts import UnfitError, ask, exclude
 from sweeps.hours import on_gpu, trained
 from sweeps.journal import TrialState
 from sweeps.ledger import Ledger
-from sweeps.memory import told
 from sweeps.placement import Cluster
 from sweeps.plan import Planned
 from sweeps.progress import Progress
@@ -34,7 +34,7 @@ from trainables.record import Record, finite, now
 # How a task ends whose node went, not one whose worker did: that may be the function's own fault.
 GONE = (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError)
 STATE = "state.pt"  # what trainables/training.py goes on from
-OWN_FIELDS = {known.name for known in fields(Record)} - {"extra"}
+OWN_FIELDS = {field.name for field in fields(Record)} - {"extra"}
 TRAINING = ("rho", "T", "beta", "gamma")  # fields of the record that are settings of training
 BASELINE = ("chamfer", "absrel", "rmse", "delta1", "params_M", "flops_G", "size_MB",
             "t_pair_p50_ms", "t_pair_p95_ms", "pairs_per_sec")  # fmt: skip
@@ -44,8 +44,7 @@ BASELINE = ("chamfer", "absrel", "rmse", "delta1", "params_M", "flops_G", "size_
 class Bench:
     """What measuring needs: the sweep, its settings, where things lie, and what every record repeats.
 
-    kinds: parameters of trials that together need all that any trial will share with others; seeds: of all trials;
-    unfit: nodes that cannot run the sweep, and why.
+    kinds: parameters of trials that together need all that any trial will share with others; seeds: of all trials.
     """
 
     sweep: Sweep
@@ -56,7 +55,6 @@ class Bench:
     common: Mapping[str, Any]
     kinds: Sequence[Mapping[str, Any]]
     seeds: Sequence[int]
-    unfit: dict[str, str] = field(default_factory=dict)
 
     def job(self, trial: Planned | None) -> dict[str, Any]:
         """What a measuring function is given; None or the teacher: no weights."""
@@ -130,11 +128,11 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
             task = ray.remote(num_cpus=1, max_retries=2, **needs)(_call)
             jobs = [(measures.measure_quality, bench.job(trial), bench.cluster.versions) for trial in able]
             refs = [task.remote(*job) for job in jobs]
-            lookout = Lookout(bench.cluster, progress.line)
+            lookout = Lookout(replace(bench.cluster, cpus=1.0), progress.line)
             for done, trial in enumerate(able):
                 progress.item(f"quality of {trial.exp_id}", done)
                 while isinstance(result := _result(refs[done], lookout.look), UnfitError):
-                    progress.once(str(result))
+                    exclude(bench.cluster, progress, result)
                     refs[done] = task.remote(*jobs[done])
                 _merge(found[trial.trial_id], result, "quality")
             for done, trial in enumerate(able):
@@ -303,7 +301,7 @@ def _alone(bench: Bench, function: Any, job: dict[str, Any], meanwhile: Callable
     kind starts anew. `meanwhile` is called every second.
     """
     for _ in range(1 + RETRIES):
-        node = measuring_node(bench.cluster, bench.unfit)
+        node = measuring_node(bench.cluster)
         options: dict[str, Any] = {
             "num_cpus": max(1, int(node.offers("CPU"))),
             "num_gpus": min(math.ceil(bench.cluster.gpus), node.offers("GPU")),
@@ -313,7 +311,7 @@ def _alone(bench: Bench, function: Any, job: dict[str, Any], meanwhile: Callable
         task = ray.remote(**options)(_call)
         result = _result(task.remote(function, job, bench.cluster.versions), meanwhile)
         if isinstance(result, UnfitError):
-            bench.unfit[node.node_id] = str(result)
+            bench.cluster.unfit[node.node_id] = result.why
         elif not isinstance(result, GONE):
             break
     return result

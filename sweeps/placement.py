@@ -14,6 +14,7 @@ from engines.errors import InputError
 TYPE = "ray.io/accelerator-type"  # set by Ray from what it detects
 GPU_MEMORY = "gpu-memory-gb"  # set by whoever starts a node; Ray knows no such thing
 LARGEST_GB = 1024
+LONGEST_MIN = 7 * 24 * 60
 HOW_TO_LABEL = f"`ray start --labels={GPU_MEMORY}=80` says that a node's cards have 80 GB"
 
 
@@ -72,7 +73,7 @@ class Cluster:
     """What can be used. slots: trials at a time; workers: of each trial; gpus, cpus: of each worker; shared_cores:
     whether a few trials more than slots may share the cores; labels: of the nodes that may have one; latency_on:
     accelerator type to measure on; wait_min: for a node of it, should none be there; versions: of what every host must
-    have, empty on one machine.
+    have, empty on one machine; unfit: nodes that were found not to have them, and why.
     """
 
     slots: int
@@ -85,6 +86,7 @@ class Cluster:
     gpu_memory: int | None = None
     wait_min: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
 
     @property
     def needs(self) -> str:
@@ -94,16 +96,17 @@ class Cluster:
 
     def trains_on(self, node: Node) -> bool:
         """Whether a worker of a trial has room there once the node is free."""
-        return self._is_large(node) and node.offers("GPU") >= self.gpus and node.offers("CPU") >= self.cpus
+        return self._fits(node) and node.offers("GPU") >= self.gpus and node.offers("CPU") >= self.cpus
 
     def measures_on(self, node: Node) -> bool:
         """Whether latency may be measured there: on a card of that type, and no smaller than trials asked for."""
         offers = node.offers("CPU") >= 1 and node.offers("GPU") >= math.ceil(self.gpus)  # a head may have neither
         kind = self.latency_on is None or node.labels.get(TYPE) == self.latency_on
-        return offers and kind and self._is_large(node)
+        return offers and kind and self._fits(node)
 
-    def _is_large(self, node: Node) -> bool:
-        return self.gpu_memory is None or (node.memory or 0) >= self.gpu_memory
+    def _fits(self, node: Node) -> bool:
+        large = self.gpu_memory is None or (node.memory or 0) >= self.gpu_memory
+        return large and node.node_id not in self.unfit
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -155,8 +158,8 @@ def read_flags(given: argparse.Namespace) -> Placement:
         raise InputError(f"--gpu-memory {given.gpu_memory}: these trials have no accelerator; drop --gpus-per-trial 0")
     if given.latency_on is not None and gpus == 0:
         raise InputError(f"--latency-on {given.latency_on}: these trials have no accelerator; drop --gpus-per-trial 0")
-    if not 0 <= given.wait_for_nodes < math.inf:
-        raise InputError(f"--wait-for-nodes {given.wait_for_nodes:g}: expected minutes, 0 or more")
+    if not 0 <= given.wait_for_nodes <= LONGEST_MIN:
+        raise InputError(f"--wait-for-nodes {given.wait_for_nodes:g}: expected minutes, 0 to {LONGEST_MIN}")
     return Placement(
         gpus, cpus, given.max_concurrent, given.gpu_memory, given.latency_on, given.wait_for_nodes,
         given.workers_per_trial,

@@ -42,7 +42,6 @@ class Progress:
     _done: int = 0
     _item: str = ""
     _said: float = 0.0
-    _told: set[str] = field(default_factory=set)
     _live: Live | None = None
 
     @contextmanager
@@ -131,12 +130,6 @@ class Progress:
         """A line of its own, which stays."""
         self._said = time.monotonic()
         self.console.print(Text(text), soft_wrap=True)
-
-    def once(self, text: str) -> None:
-        """A line that is said the first time only."""
-        if text not in self._told:
-            self._told.add(text)
-            self.line(text)
 
     def time_left_s(self) -> float | None:
         """Estimate for the present phase in seconds, None before its first item ended."""

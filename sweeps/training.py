@@ -19,11 +19,11 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from sweeps import memory
+from sweeps import deaths
 from sweeps.audit import is_chosen
 from sweeps.cluster import Lookout
 from sweeps.flags import Flags
-from sweeps.hosts import UnfitError, ask
+from sweeps.hosts import ask, exclude
 from sweeps.ledger import Ledger
 from sweeps.placement import Cluster
 from sweeps.plan import Planned
@@ -34,7 +34,6 @@ from sweeps.stoploss import StopLossRule
 
 RETRIES = 3  # without a new epoch in between
 SPARE = 1 << 20  # bytes: with less the storage counts as full
-LEFT = "exit_actor() is called"  # Ray's words for a trial that heard that its node goes (trainables/preemption.py)
 
 
 def rule_of(sweep: Sweep, values: Mapping[str, Any]) -> StopLossRule:
@@ -128,7 +127,7 @@ def train(
     )
     for left in ledger.folder.glob(".ray-*"):  # of a driver that was killed
         shutil.rmtree(left, ignore_errors=True)
-    memory.contain()
+    deaths.contain(partial(exclude, cluster, progress))
     scratch = tempfile.mkdtemp(prefix=".ray-", dir=ledger.folder)
     try:
         tune.Tuner(
@@ -297,13 +296,6 @@ class _Watch(_Unsaved, Callback):
         # Ray keeps several averages of every number of every trial, which the journal has: 30 kB per trial.
         trial.run_metadata.metric_analysis.clear()
         trial.run_metadata.metric_n_steps.clear()
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        text = _last_failure(trial)
-        if UnfitError.__name__ in text:
-            self._progress.once(last_error(text).partition(": ")[2])
-        if LEFT in text or UnfitError.__name__ in text:  # which says something of its node, not of the trial
-            trial.run_metadata.num_failures -= 1
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial.config["trial_id"]

@@ -94,12 +94,13 @@ class Training(Trainable):
         self.last: dict[str, float] | None = None  # what the last finished epoch found
         self.unheard = False
         self._begin_epoch()
-        self._seed_all()
-        self.build()
-        self._seed_all()  # what building drew depends on what other trials had left in the cache
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.steps_per_epoch = max(1, self.settings["samples_per_epoch"] // self.settings["batch_size"])
-        self.ready()
+        self._seed_all()
+        with memory.named(self.device):
+            self.build()
+            self._seed_all()  # what building drew depends on what other trials had left in the cache
+            self.ready()
         for left in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         state = self.folder / "state.pt"

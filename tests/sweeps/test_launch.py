@@ -269,6 +269,17 @@ def test_a_trial_that_is_killed_or_hangs_while_another_trials_worker_builds_it_i
         assert all(metrics["epoch_s"] < 1 for _, metrics in trial.results), "building is no part of an epoch"
 
 
+@pytest.mark.parametrize("toys, count", [("leaving", 8), ("noticed", 1)])
+def test_deaths_that_are_not_a_trials_own_fault_do_not_end_it(tmp_path: Path, toys: str, count: int) -> None:
+    """Workers die just after a trial's last report, mostly while they are made ready for the next one; a trial has
+    failed as often as it may when its node is taken away.
+    """
+    code, out, err = finish(start(tmp_path, "--max-concurrent", "2", TOY_TRIALS=toys))
+    trials = [trial for trial in replay(tmp_path / NAME).trials.values() if trial.role == "trial"]
+    assert code == 0 and [trial.error for trial in trials] == [None] * count, out + err
+    assert {trial.stop[1] if trial.stop else None for trial in trials} == {"completed"}
+
+
 def test_a_trainable_that_cannot_become_another_trial_is_made_anew(tmp_path: Path) -> None:
     code, out, err = finish(start(tmp_path, "--max-concurrent", "1", TOY_ANEW="1"))
     assert code == 0 and "failed" not in out, out + err

@@ -59,7 +59,10 @@ def test_latency_is_not_measured_on_a_head_without_what_trials_need() -> None:
     found = place(Placement(), [node("worker", 8, 1)], 1.0, needs_gpu=True)
     assert not found.measures_on(node("head", 8, 0)), "its cores would be measured in the place of a card"
     found = place(Placement(gpus=0), [node("worker", 8, 0)], 1.0, needs_gpu=False)
-    assert found.measures_on(node("worker", 8, 0)) and not found.measures_on(node("head", 0, 0))
+    worker = node("worker", 8, 0)
+    assert found.measures_on(worker) and not found.measures_on(node("head", 0, 0))
+    found.unfit[worker.node_id] = "another torch"
+    assert not found.measures_on(worker) and not found.trains_on(worker)
 
 
 def test_latency_is_measured_on_one_kind() -> None:
@@ -123,6 +126,7 @@ def test_what_no_node_has_is_refused(asked: Placement, nodes: list[Node], said: 
         "--gpu-memory 0",
         "--gpu-memory 40 --gpus-per-trial 0",
         "--wait-for-nodes -1",
+        "--wait-for-nodes 20000",
         "--hang-after 0",
     ],
 )

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,8 +30,9 @@ EPOCHS = int(os.environ.get("TOY_EPOCHS", "4"))
 
 class Toy(Trainable):
     """drop = floor + 0.1 / epoch^2; `fault` at epoch `at`: raise, nan, kill (once), sick (raise until healed), hang
-    (once, or always), memory (more than there is), stumble (raise once before every epoch). Kill and hang at epoch 0
-    are while the trial is built.
+    (once, or always), memory (more than there is), stumble (raise once before every epoch), leave
+    (be killed just after the last report), notice (raise three times, then leave as for a drain notice). Kill and
+    hang at epoch 0 are while the trial is built.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -66,6 +68,13 @@ class Toy(Trainable):
         if fault == "stumble" and not stumbled.exists():
             stumbled.touch()
             raise RuntimeError("the toy stumbled")
+        tried = self.folder / "tried"
+        if fault == "notice" and self.epoch + 1 == at and tried.touch() is None and tried.stat().st_size < 4:
+            with tried.open("a") as log:
+                log.write("x")
+            if tried.stat().st_size < 4:
+                raise RuntimeError("the toy stumbled")
+            exit_actor()  # as for a node that is taken away
         hoard = []
         while fault == "memory" and self.epoch + 1 == at:
             hoard.append(b"1" * (20 << 20))
@@ -79,6 +88,8 @@ class Toy(Trainable):
         temporary = self.folder / "state.tmp"
         temporary.write_text(json.dumps({"epoch": self.epoch}))
         temporary.replace(self.folder / "state.pt")
+        if fault == "leave" and self.epoch == EPOCHS:  # dies with its report out, while it becomes the next trial
+            threading.Timer(0.004, os.kill, (os.getpid(), signal.SIGKILL)).start()
         return self.report()
 
     def go_wrong(self, epoch: int) -> None:
@@ -192,6 +203,11 @@ TRIALS = {
         Trial("T-2", combo="killed", keyparams="", fault="kill", at=0),
         Trial("T-3", combo="hangs", keyparams="", fault="hang", at=0),
     ],
+    "leaving": [
+        Trial("T-1", combo=f"c{number}", keyparams="", floor=number / 2000, fault="leave", saves=f"c{number}.pth")
+        for number in range(8)
+    ],
+    "noticed": [Trial("T-1", combo="noticed", keyparams="", floor=0.0, fault="notice", saves="noticed.pth")],
     "greedy": [
         Trial("T-1", combo="good", keyparams="", floor=0.0, sleep=SLEEP, saves="good.pth"),
         Trial("T-2", combo="greedy", keyparams="", fault="memory", at=3),

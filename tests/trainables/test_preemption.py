@@ -105,7 +105,7 @@ def test_no_notice_outside_ray():
 
 
 def test_more_memory_than_there_is_is_named_with_the_peak(tiny, monkeypatch):
-    """torch's own refusal of an allocation, in the middle of a step."""
+    """torch's own refusal of an allocation, in the middle of a step, and while the trial is built."""
     import torch
 
     monkeypatch.setattr(Training, "train_step", lambda self, batch, step, total: {"loss": torch.empty(1 << 50)})
@@ -113,6 +113,9 @@ def test_more_memory_than_there_is_is_named_with_the_peak(tiny, monkeypatch):
         memory.OutOfMemoryError, match=r"out of memory: [\d.]+ GB of main memory at the peak; a smaller"
     ) as e:
         Distill(distill(tiny, "a")).step()
+    monkeypatch.setattr(Distill, "build", lambda self: torch.empty(1 << 50))
+    with pytest.raises(memory.OutOfMemoryError, match=r"GB of main memory at the peak"):
+        Distill(distill(tiny, "b"))
     assert (
         failure(f"trainables.memory.OutOfMemoryError: {e.value}") == "out_of_memory"
         and failure("ValueError") == "failed"

@@ -1,14 +1,15 @@
-"""What Ray says of a worker that its node killed for want of memory becomes an error of that trial."""
+"""What Ray Tune would make more of than the death of one trial's worker."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from sweeps import memory, training
+from sweeps import deaths, training
 
-PAGE = """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.2) was \
+PAGE = """1 worker(s) were killed due to the node running low on deaths. Memory on the node (IP: 10.0.0.2) was \
 1.92GB used / 2.00GB limit (0.957870)
 OOM kill reason: Memory usage 2048114688B exceeded threshold of 2040109440B (95.0% of 2147483648B limit)
 Top 10 memory users: PID\tMEM(GB)\tCOMMAND
@@ -20,8 +21,8 @@ Top 10 memory users: PID\tMEM(GB)\tCOMMAND
 
 def test_the_page_becomes_a_line_with_the_peak() -> None:
     line = "out of memory: its host had 1.92 of 2.00 GB in use; its largest worker held 1.25 GB"
-    assert memory.told(PAGE) == line and memory.told("something else") == "out of memory: its host had none left"
-    error = memory.WorkerOutOfMemoryError(line)
+    assert deaths.told(PAGE) == line and deaths.told("something else") == "out of memory: its host had none left"
+    error = deaths.WorkerOutOfMemoryError(line)
     again = pickle.loads(pickle.dumps(error))  # Tune writes it to a file and reads it back
     assert isinstance(again, RayActorError) and str(again) == f"WorkerOutOfMemoryError: {line}" and not again.preempted
     assert (
@@ -30,15 +31,15 @@ def test_the_page_becomes_a_line_with_the_peak() -> None:
 
 
 def test_tune_itself_would_end_the_sweep_and_is_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the first half fails, Ray has mended it, and sweeps/memory.py can go."""
-    task = type("Task", (), {"_tracked_actor": None})()
+    """If the first half fails, Ray has mended it, and that part of sweeps/deaths.py can go."""
+    task = type("Task", (), {"_tracked_actor": SimpleNamespace(_on_error=None)})()
     manager = RayActorManager.__new__(RayActorManager)
-    monkeypatch.setattr(RayActorManager, "_actor_task_failed", memory._tune_failed)
+    monkeypatch.setattr(RayActorManager, "_actor_task_failed", deaths._tune_failed)
     with pytest.raises(RuntimeError, match="unexpected"):
         manager._actor_task_failed(task, OutOfMemoryError(PAGE))
     heard: list[Exception] = []
-    monkeypatch.setattr(memory, "_tune_failed", lambda manager, task, error: heard.append(error))
-    memory.contain()
+    monkeypatch.setattr(deaths, "_tune_failed", lambda manager, task, error: heard.append(error))
+    deaths.contain(print)
     manager._actor_task_failed(task, OutOfMemoryError(PAGE))
     manager._actor_task_failed(task, KeyError("other"))
-    assert [type(error) for error in heard] == [memory.WorkerOutOfMemoryError, KeyError]
+    assert [type(error) for error in heard] == [deaths.WorkerOutOfMemoryError, KeyError]
