@@ -26,15 +26,17 @@ if [ -f artifacts.env ]; then
     . ./artifacts.env
     set +a
 fi
-# flock is held as long as the server lives: Ray may run its start commands more than once.
+# flock is held as long as the server lives: Ray may run its start commands more than once. One that was just killed
+# holds it for a moment longer.
 # --allowed-hosts: no other site's page can reach the server through somebody's browser (DNS rebinding).
+# rotating_log.py: MLflow writes a line for every request, which would fill the disk in the end.
 # mlflow_login.py: a password that changed since the login database was made is the one that counts.
-nohup flock --nonblock server.lock sh -c 'python "$0" && exec mlflow server "$@"' "$here/mlflow_login.py" \
+nohup flock --timeout 10 server.lock sh -c 'python "$0" && exec mlflow server "$@"' "$here/mlflow_login.py" \
     --app-name basic-auth --host 127.0.0.1 --port "$port" --workers 1 \
     --allowed-hosts "localhost,localhost:$port,127.0.0.1,127.0.0.1:$port" \
     --backend-store-uri "sqlite:///$folder/mlflow.db" \
     --artifacts-destination "${MLFLOW_ARTIFACTS_DESTINATION:-$folder/artifacts}" \
-    >> server.log 2>&1 &
+    2>&1 | nohup python "$here/rotating_log.py" server.log > /dev/null 2>&1 &
 
 # Whoever types a sweep right after `ray up` shall find the server.
 mine=$!

@@ -13,26 +13,29 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import select
-import sqlite3
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeps import mlflow_content as content
 from sweeps.journal import SweepState, parse
-from sweeps.tracking import CURSOR, EXPERIMENT, URI, lock_of, masked, noted, sqlite_path
+from sweeps.mlflow_sqlite import leave_plain, write_ahead
+from sweeps.tracking import CURSOR, EXPERIMENT, LOG, URI, lock_of, masked, noted, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 _ROOT = "_MLFLOW_SERVER_ARTIFACT_ROOT"
 _PAUSE_S, _BACKOFF_S = 1.0, (0.5, 1.0, 2.0, 5.0, 10.0)
+_LOG_BYTES = 5_000_000
 _POINTS, _PAIRS = 800, 100  # per call: MLflow takes 1000 entities, of them 100 params and 100 tags
 # Errors that asking again does not cure; everything else is an outage.
 _REFUSED = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
@@ -299,37 +302,6 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _fast_sqlite() -> list[sqlite3.Connection]:
-    """Have every sqlite connection of this process write ahead: a third of the wall time per run, as safe.
-
-    Returns the list in which the connections gather, so that they can be closed.
-    """
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
-
-    opened: list[sqlite3.Connection] = []
-
-    @event.listens_for(Engine, "connect")
-    def prepare(connection: Any, _: Any) -> None:
-        if isinstance(connection, sqlite3.Connection):
-            opened.append(connection)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-
-    return opened
-
-
-def _plain_sqlite(path: Path, opened: list[sqlite3.Connection]) -> None:
-    """Leave one self-contained file, readable from a read-only folder; not while somebody else has it
-    open.
-    """
-    with contextlib.suppress(sqlite3.Error):
-        for connection in opened:
-            connection.close()
-        with contextlib.closing(sqlite3.connect(path, timeout=0.2)) as connection:
-            connection.execute("PRAGMA journal_mode=DELETE")
-
-
 class _Driver:
     """Standard input: asks for a flush, or ends when the driver closes it or dies."""
 
@@ -343,7 +315,7 @@ class _Driver:
         self.gone, self.flush = not said, self.flush or bool(said)
 
 
-def _run(mirror: Mirror, driver: _Driver) -> bool:
+def _run(mirror: Mirror, driver: _Driver, log: logging.Handler) -> bool:
     """Mirror until the driver is gone and one last attempt was made; True when nothing is left to do."""
     failures, next_sync = 0, 0.0
     while True:
@@ -357,7 +329,7 @@ def _run(mirror: Mirror, driver: _Driver) -> bool:
                 failures, driver.flush = 0, False
             except Exception as error:  # whatever a store or a network can raise: the sweep goes on, so do we
                 outage = masked(f"{mirror.uri}: {type(error).__name__}: {error}")  # both may hold a password
-                print(time.strftime("%F %T"), outage, file=sys.stderr, flush=True)
+                log.emit(logging.makeLogRecord({"msg": outage}))
                 failures += 1
             mirror.save(outage)
             if last:
@@ -384,12 +356,14 @@ def main(arguments: list[str]) -> int:
                 driver.wait(0.2)
                 if driver.gone:
                     return 1
+        log = RotatingFileHandler(journal.parent / LOG, maxBytes=_LOG_BYTES, backupCount=1)  # an outage may last for days
+        log.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%F %T"))
         # MLflow does without these two, as in its skinny edition; importing them costs 0.7 s of CPU.
         sys.modules["pandas"] = sys.modules["polars"] = None  # type: ignore[assignment]
-        opened = _fast_sqlite() if path else []
-        complete = _run(Mirror(journal, uri), driver)
+        opened = write_ahead() if path else []
+        complete = _run(Mirror(journal, uri), driver, log)
         if path:
-            _plain_sqlite(path, opened)
+            leave_plain(path, opened)
     return 0 if complete else 1
 
 

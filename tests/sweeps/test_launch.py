@@ -347,6 +347,13 @@ def test_passwords_stay_off_the_screen() -> None:
         ("http://t0ken@h:5000", "http://***@h:5000"),
         ("x postgresql://u:p@ss/w@h/d y", "x postgresql://u:***@h/d y"),
         ("http://host:5000", "http://host:5000"),
+        ("http://host:5000 is down, tell a@b", "http://host:5000 is down, tell a@b"),
+        ("postgresql://u:my secret@h/d", "postgresql://u:***@h/d"),
+        ("postgresql://h/d?sslkey=k&sslpassword=s3cret", "postgresql://h/d?sslkey=k&sslpassword=***"),
+        ("host=h password=s3cret sslpassword='my s3cret' dbname=d", "host=h password=*** sslpassword=*** dbname=d"),
+        ("?odbc_connect=UID%3Du%3BPWD%3Ds3cret%3BServer%3Dh", "?odbc_connect=UID%3Du%3BPWD%3D***%3BServer%3Dh"),
+        ("?odbc_connect=PWD%3D%7Bs3%3Bcr et%7D%3BServer%3Dh", "?odbc_connect=PWD%3D***%3BServer%3Dh"),
+        ("UID=u;PWD={my; s3cret};Server=h", "UID=u;PWD=***;Server=h"),
     ],
 )
 def test_secrets_of_addresses_are_masked(text: str, shown: str) -> None:

@@ -86,9 +86,10 @@ def test_a_sweep_in_sqlite_reads_as_promised(tmp_path, paper):
     assert not list(tmp_path.glob("mlflow.db-*")), "the store is left as one self-contained file"
 
 
-def test_an_outage_does_not_tell_the_stores_password(storage, paper):
+def test_the_log_of_an_outage_stays_small_and_does_not_tell_the_stores_password(storage, paper):
     sweep = paper.Sweep(storage)
     sweep.whole("a")
+    (sweep.folder / "tracking.log").write_text("an outage of many days\n" * 300_000)
     tracker = Tracker(sweep.journal.path, "http://admin:s3cret@127.0.0.1:9")
     tracker.start()
     end = time.monotonic() + WAIT_S
@@ -98,6 +99,7 @@ def test_an_outage_does_not_tell_the_stores_password(storage, paper):
     tracker.close()
     told = [(sweep.folder / name).read_text() for name in ("tracked.json", "tracking.log")]
     assert all("127.0.0.1:9" in text and "s3cret" not in text for text in told)
+    assert len(told[1]) < 10_000, "the log of the outage before has been put aside"
 
 
 def test_the_mirror_ends_with_a_driver_that_dies_and_finishes_its_work(storage, paper):
