@@ -62,8 +62,8 @@ class Wanted:
 
 
 @contextlib.contextmanager
-def connect(wanted: Wanted) -> Iterator[Cluster]:
-    """Ray for the length of a sweep.
+def connect(wanted: Wanted, say: Callable[[str], None] = print) -> Iterator[Cluster]:
+    """Ray for the length of a sweep. say: is given a line while a node is waited for.
 
     Raises InputError when no cluster answers, its token is missing or wrong, or no node has what a trial needs.
     """
@@ -109,7 +109,7 @@ def connect(wanted: Wanted) -> Iterator[Cluster]:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise _explained(address, error) from error
     try:
-        yield _placed(wanted)
+        yield _placed(wanted, say)
     finally:
         ray.shutdown()
         ray_constants.ENABLE_RAY_CLUSTER = beyond
@@ -123,41 +123,44 @@ def connect(wanted: Wanted) -> Iterator[Cluster]:
 
 def check(wanted: Wanted) -> None:
     """InputError for what `connect` would refuse. Where a node is waited for, only a start can tell what will come."""
-    if wanted.placement.wait_min and wanted.address:
+    if wanted.address and wanted.placement.wait_min:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         _check_token()
         _check_port(wanted.address)
-    elif not wanted.placement.wait_min and (wanted.address or wanted.placement != Placement()):
+    elif wanted.address or wanted.placement != Placement():
         with connect(wanted):
             pass
 
 
-def _placed(wanted: Wanted) -> Cluster:
+def _placed(wanted: Wanted, say: Callable[[str], None]) -> Cluster:
     """Where trials can run. Where an autoscaler has no fitting node up, asking for one makes it start one."""
     asked = wanted.placement
     try:
         return place(asked, nodes(), wanted.share, wanted.needs_gpu)
-    except InputError:
+    except InputError as error:
         if not asked.wait_min:
             raise
+        say(f"waiting up to {asked.wait_min:g} min for a node that fits ({error})")
     gpus = asked.gpus if asked.gpus is not None else float(wanted.needs_gpu or asked.gpu_memory is not None)
     labels = asked.labels | ({TYPE: asked.latency_on} if asked.latency_on else {})  # a first node that can measure, too
     _bring(gpus, asked.cpus or 1.0, labels, asked.workers, asked.wait_min)
     return place(asked, nodes(), wanted.share, wanted.needs_gpu)
 
 
-def measuring_node(found: Cluster) -> Node:
-    """The node to measure on: of those alive always the same one, so that its times compare.
+def measuring_node(found: Cluster, say: Callable[[str], None]) -> Node:
+    """The node to measure on: of those alive always the same one, so that its times compare. say: is given a line while
+    one is waited for.
 
     Raises InputError where there is none, and none came while there was time to wait for one.
     """
     there = [node for node in nodes() if found.measures_on(node)]
+    kind = f"--latency-on {found.latency_on}" if found.latency_on else "measuring"
     if not there and found.wait_min:
+        say(f"{kind}: none of its nodes is left; waiting up to {found.wait_min:g} min for one")
         labels = {**found.labels, **({TYPE: found.latency_on} if found.latency_on else {})}
         _bring(found.gpus, found.cpus, labels, 1, found.wait_min)
         there = [node for node in nodes() if found.measures_on(node)]
     if not there:
-        kind = f"--latency-on {found.latency_on}" if found.latency_on else "measuring"
         why = "; ".join(found.unfit.values()) or "its nodes are gone; add one"
         raise InputError(f"{kind}: {why}; then go on with --resume")
     return max(there, key=lambda node: (node.offers("GPU"), node.offers("CPU"), node.node_id))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from engines.errors import InputError
 from sweeps.cluster import PACKAGES, nodes
@@ -77,10 +77,24 @@ def check(storage: Path) -> Answer:
 
 
 def ask(versions: Answer, folder: Path) -> None:
-    """On a host that work was sent to: raises UnfitError when it has other versions, or may not write to the folder.
+    """On a host that work was sent to, and on those of a trial's further workers: raises UnfitError when one has other
+    versions, or may not write to the folder.
 
     Only after a pause: it is free, and would be given the next work, and the next, while others are busy.
     """
+    _ask(versions, folder)
+    group = ray.util.get_current_placement_group()
+    if group is None:
+        return
+    for bundle in range(1, len(group.bundle_specs)):
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        try:
+            ray.get(ray.remote(num_cpus=0, scheduling_strategy=place)(_ask).remote(versions, folder))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+
+def _ask(versions: Answer, folder: Path) -> None:
     why = _differences(versions, _versions())
     if not why and not os.access(folder, os.W_OK):
         why = f"{folder} is not there, or may not be written; {HOW_TO_SHARE}"

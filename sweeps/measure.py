@@ -95,7 +95,7 @@ def prepare(bench: Bench, measures: Measures, progress: Progress) -> None:
 
     try:
         with progress.phase("preparing what all trials share"):
-            found = _alone(bench, measures.prepare, {**job, "report": str(report)}, look)
+            found = _alone(bench, progress, measures.prepare, {**job, "report": str(report)}, look)
     finally:
         report.unlink(missing_ok=True)
     _raise(found)
@@ -138,7 +138,7 @@ def measure(bench: Bench, planned: Sequence[Planned], progress: Progress) -> Non
             for done, trial in enumerate(able):
                 if timed:
                     progress.item(f"latency of {trial.exp_id}, alone on its device", len(able) + done)
-                    result = _alone(bench, measures.measure_latency, bench.job(trial))
+                    result = _alone(bench, progress, measures.measure_latency, bench.job(trial))
                     _merge(found[trial.trial_id], result, "latency")
                 write(trial)
 
@@ -154,7 +154,7 @@ def compile_best(bench: Bench, trial: TrialState | None, progress: Progress) -> 
         return
     with progress.phase("compiling the TensorRT engine"):
         planned = bench.ledger.planned[trial.trial_id]
-        result = _alone(bench, measures.compile_engine, bench.job(planned))
+        result = _alone(bench, progress, measures.compile_engine, bench.job(planned))
     found = {"trt": f"not built: {one_line(result)}"} if isinstance(result, Exception) else result
     bench.ledger.append("record", trial_id=trial.trial_id, record={**trial.record, **found})
 
@@ -294,14 +294,16 @@ def _call(function: Any, job: dict[str, Any], versions: Mapping[str, str]) -> An
     return function(job)
 
 
-def _alone(bench: Bench, function: Any, job: dict[str, Any], meanwhile: Callable[[], None] | None = None) -> Any:
+def _alone(
+    bench: Bench, progress: Progress, function: Any, job: dict[str, Any], meanwhile: Callable[[], None] | None = None
+) -> Any:
     """What the function returns, or its exception: a task that holds a whole node of the kind to measure on.
 
     A node that goes meanwhile is no fault of the function, nor is one that joined and does not fit: the next one of its
     kind starts anew. `meanwhile` is called every second.
     """
     for _ in range(1 + RETRIES):
-        node = measuring_node(bench.cluster)
+        node = measuring_node(bench.cluster, progress.line)
         options: dict[str, Any] = {
             "num_cpus": max(1, int(node.offers("CPU"))),
             "num_gpus": min(math.ceil(bench.cluster.gpus), node.offers("GPU")),
@@ -311,7 +313,7 @@ def _alone(bench: Bench, function: Any, job: dict[str, Any], meanwhile: Callable
         task = ray.remote(**options)(_call)
         result = _result(task.remote(function, job, bench.cluster.versions), meanwhile)
         if isinstance(result, UnfitError):
-            bench.cluster.unfit[node.node_id] = result.why
+            exclude(bench.cluster, progress, result)
         elif not isinstance(result, GONE):
             break
     return result
@@ -329,10 +331,13 @@ def _result(ref: Any, meanwhile: Callable[[], None] | None) -> Any:
 
 
 def _raise(result: Any) -> None:
-    if isinstance(result, (InputError, UnfitError, *GONE)):
-        raise InputError(one_line(str(result)))
+    what = "while it prepared what all trials share"
+    if isinstance(result, (InputError, UnfitError)):
+        raise InputError(str(result))
     if isinstance(result, ray.exceptions.OutOfMemoryError):
-        raise InputError(f"{told(str(result))} while it prepared what all trials share; a larger host can")
+        raise InputError(f"{told(str(result))} {what}; a larger host can")
+    if isinstance(result, ray.exceptions.RayError):  # killed, again and again, or its nodes were lost
+        raise InputError(f"{one_line(result)} {what}; start the sweep again")
     if isinstance(result, Exception):
         raise result
 

@@ -356,7 +356,8 @@ def main(arguments: list[str]) -> int:
                 driver.wait(0.2)
                 if driver.gone:
                     return 1
-        log = RotatingFileHandler(journal.parent / LOG, maxBytes=_LOG_BYTES, backupCount=1)  # an outage may last for days
+        # An outage may last for days.
+        log = RotatingFileHandler(journal.parent / LOG, maxBytes=_LOG_BYTES, backupCount=1)
         log.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%F %T"))
         # MLflow does without these two, as in its skinny edition; importing them costs 0.7 s of CPU.
         sys.modules["pandas"] = sys.modules["polars"] = None  # type: ignore[assignment]

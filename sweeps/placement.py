@@ -119,7 +119,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-concurrent", type=int, metavar="N", help="trials at a time (default: as many as there is room for)")
     add("--gpu-memory", type=int, metavar="GB", help=f"only cards of that size or larger (label {GPU_MEMORY})")
     add("--latency-on", metavar="TYPE", help="accelerator type on which latency is measured, e.g. H100")
-    add("--wait-for-nodes", type=float, default=0.0, metavar="MIN", help="while an autoscaler starts the first one")
+    add("--wait-for-nodes", type=float, default=0.0, metavar="MIN", help="with --address: while an autoscaler starts one")
 
 
 def words(asked: Placement) -> list[str]:
@@ -160,6 +160,8 @@ def read_flags(given: argparse.Namespace) -> Placement:
         raise InputError(f"--latency-on {given.latency_on}: these trials have no accelerator; drop --gpus-per-trial 0")
     if not 0 <= given.wait_for_nodes <= LONGEST_MIN:
         raise InputError(f"--wait-for-nodes {given.wait_for_nodes:g}: expected minutes, 0 to {LONGEST_MIN}")
+    if given.wait_for_nodes and given.address is None:
+        raise InputError(f"--wait-for-nodes {given.wait_for_nodes:g}: no node joins this machine; add --address")
     return Placement(
         gpus, cpus, given.max_concurrent, given.gpu_memory, given.latency_on, given.wait_for_nodes,
         given.workers_per_trial,

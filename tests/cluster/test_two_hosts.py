@@ -1,5 +1,7 @@
 """Sweeps over two hosts that are network namespaces: what both need, and what is refused before the first trial."""
 
+import importlib.metadata
+import platform
 import re
 import subprocess
 import sys
@@ -14,11 +16,11 @@ from sweeps.journal import SweepState
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from faults import at_work
-from namespaces import ROOT, Host, joined_hosts, missing
+from namespaces import PORT, ROOT, Host, joined_hosts, missing
 
 pytestmark = pytest.mark.cluster
 TOY = ROOT / "tests" / "sweeps" / "toy_sweep.py"
-NAME = "toy_small_seed42"
+NAME, SYSTEM = "toy_small_seed42", Path("/usr/bin/python3")
 TINY = dict(
     epochs=2, grace=2, samples_per_epoch=256, train_samples=256, val_pairs=16, test_pairs=16, repeats=5, warmup=1,
     scene_steps=5, scene_repeats=2,
@@ -143,8 +145,6 @@ def test_storage_that_one_host_may_not_write_is_refused(hosts: tuple[Host, Host]
 
 
 def test_another_version_of_a_requirement_is_named(hosts: tuple[Host, Host], tmp_path: Path) -> None:
-    import importlib.metadata
-
     found = importlib.metadata.distribution("stim")
     metadata = next(Path(str(file.locate())) for file in found.files or [] if file.name == "METADATA")
     other = tmp_path / "METADATA"
@@ -170,3 +170,38 @@ def test_a_driver_of_another_ray_is_named(hosts: tuple[Host, Host], tmp_path: Pa
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "2.59.0" in done.stderr and ray.__version__ in done.stderr
     assert not (outside(hosts) / "ray" / NAME).exists()
+
+
+def test_another_project_on_a_host_is_named(hosts: tuple[Host, Host]) -> None:
+    """Ray keeps what it brought to a host. There somebody changes a file of it, in place of an old or damaged copy."""
+    alpha, beta = hosts
+    storage = alpha.folder.parent / "storage" / "project"
+    assert drive(alpha, storage / "first")[0] == 0
+    (kept,) = [path for path in beta.folder.rglob("py_modules_files/*/sweeps/k_grid.py")]
+    text = kept.read_text()
+    kept.write_text(f"{text}# another\n")
+    try:
+        said = refused(alpha, storage)
+    finally:
+        kept.write_text(text)
+    assert re.search(r"host beta: the project is \w{12} there, \w{12} here; install the same there", said)
+
+
+def test_another_python_is_named(hosts: tuple[Host, Host]) -> None:
+    """The system's own, with the same libraries: Ray lets no such host in, and a driver of it is told both."""
+    said = subprocess.run([SYSTEM, "--version"], capture_output=True, text=True).stdout if SYSTEM.is_file() else "none"
+    there, here = said.split()[-1], platform.python_version()
+    if there == here or there.rpartition(".")[0] != here.rpartition(".")[0]:
+        pytest.skip(f"the libraries here need another Python {here.rpartition('.')[0]}; {SYSTEM} is {there}")
+    alpha, beta = hosts
+    libraries = str(importlib.metadata.distribution("ray").locate_file(""))
+    join = [str(SYSTEM), "-m", "ray.scripts.scripts", "start", "--block", f"--address={alpha.address}:{PORT}"]
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        beta.call("env", f"PYTHONPATH={libraries}", *join)
+    assert all(f"Python: {version}" in caught.value.stderr for version in (here, there)), caught.value.stderr
+    command = [str(SYSTEM), str(TOY), "--address", "auto", "--storage", str(alpha.folder.parent / "storage" / "python")]
+    env = {**alpha.env, "PYTHONPATH": f"{libraries}:{ROOT}"}
+    done = subprocess.run(alpha.inside(*command), capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert all(f"Python: {version}" in done.stderr for version in (here, there)), done.stderr
+    assert not (outside(hosts) / "python" / NAME).exists()

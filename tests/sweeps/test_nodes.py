@@ -13,14 +13,18 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray._raylet import AuthenticationTokenLoader, Config
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from sweeps import hosts
 from sweeps.journal import SweepState
 from sweeps.placement import TYPE
 
 TOY = Path(__file__).with_name("toy_sweep.py")
-NAME = "toy_small_seed42"
+NAME, ROOT = "toy_small_seed42", TOY.parents[2]
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def read_environment() -> None:
 
 def drive(cluster: Cluster, storage: Path, *flags: str, out: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     command = [sys.executable, str(TOY), "--storage", str(storage), "--address", cluster.address, *flags]
-    env = {**os.environ, "PYTHONPATH": str(TOY.parents[2])}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=env)
 
 
@@ -67,6 +71,12 @@ def wait_for(sweep: subprocess.Popen[str], what: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def another_stim(folder: Path) -> None:
+    """What lies in folder/other is another version to whoever has it in its PYTHONPATH."""
+    (folder / "other" / "stim-0.1.dist-info").mkdir(parents=True)
+    (folder / "other" / "stim-0.1.dist-info" / "METADATA").write_text("Name: stim\nVersion: 0.1\n")
+
+
 def verdicts(storage: Path) -> list[str | None]:
     state = SweepState.replay(storage / NAME / "journal.jsonl")
     assert not any((trial.record or {}).get("unmeasured") for trial in state.trials.values())
@@ -78,8 +88,11 @@ def test_latency_waits_for_its_kind_of_card_and_outlives_the_node_it_is_measured
 ) -> None:
     """A cluster with one kind of card, asked for another: it is waited for, and when it goes another of it goes on."""
     machines.add_node(num_cpus=2, num_gpus=1, labels={TYPE: "A10G"})
-    sweep = drive(machines, tmp_path, "--latency-on", "H100", "--wait-for-nodes", "2")
-    time.sleep(12)
+    screen, waits = tmp_path / "screen", "waiting up to 2 min for a node that fits (--latency-on H100: no node"
+    with screen.open("w") as out:
+        sweep = drive(machines, tmp_path, "--latency-on", "H100", "--wait-for-nodes", "2", out=out)
+    wait_for(sweep, lambda: waits in screen.read_text())
+    time.sleep(5)
     assert sweep.poll() is None, sweep.communicate()
     assert not (tmp_path / NAME / "work").exists(), "it began without the card that it was to measure on"
     larger = machines.add_node(num_cpus=4, num_gpus=1, labels={TYPE: "H100"})
@@ -119,6 +132,40 @@ def test_a_sweep_whose_last_node_goes_says_what_it_waits_for(
     assert screen.read_text().count("a node that has what a trial needs is up") == 2
 
 
+def test_latency_waits_when_its_last_node_goes(machines: Cluster, tmp_path: Path) -> None:
+    """On the head, which has no core, nothing is measured."""
+    node, screen = machines.add_node(num_cpus=2), tmp_path / "screen"
+    timed = tmp_path / NAME / "work" / "timed"
+    with screen.open("w") as out:
+        sweep = drive(machines, tmp_path, "--wait-for-nodes", "2", out=out)
+        wait_for(sweep, lambda: timed.exists() and len(timed.read_text().split()) == 4)
+        lose(machines, node)
+        wait_for(sweep, lambda: "measuring: none of its nodes is left; waiting up to 2 min" in screen.read_text())
+        machines.add_node(num_cpus=2)
+        _, err = sweep.communicate(timeout=200)
+    assert sweep.returncode == 0, err
+    assert verdicts(tmp_path) == ["n/a", "pass", "fail"]
+
+
+def test_a_trials_first_worker_asks_the_hosts_of_the_others(
+    machines: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines.add_node(num_cpus=1, resources={"first": 1})
+    another_stim(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'other'}:{ROOT}")
+    unfit = machines.add_node(num_cpus=1, resources={"second": 1})
+    ray.init(machines.address, log_to_driver=False)
+    try:
+        workers = placement_group([{"CPU": 1, "first": 1}, {"CPU": 1, "second": 1}])
+        leads = PlacementGroupSchedulingStrategy(workers, placement_group_bundle_index=0)
+        asked = ray.remote(num_cpus=1, scheduling_strategy=leads)(hosts.ask).remote(hosts._versions(), tmp_path)
+        with pytest.raises(hosts.UnfitError, match="stim is 0.1 there") as caught:
+            ray.get(asked)
+        assert caught.value.node_id == unfit.node_id
+    finally:
+        ray.shutdown()
+
+
 @pytest.mark.slow
 def test_a_node_that_joins_with_another_version_is_given_nothing_for_long(
     machines: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -127,8 +174,7 @@ def test_a_node_that_joins_with_another_version_is_given_nothing_for_long(
     for key, value in {"TOY_SLEEP": "4", "TOY_QUALITY": "3", "TOY_TRIALS": "steady"}.items():
         monkeypatch.setenv(key, value)
     good, screen = machines.add_node(num_cpus=1), tmp_path / "screen"
-    (tmp_path / "other" / "stim-0.1.dist-info").mkdir(parents=True)
-    (tmp_path / "other" / "stim-0.1.dist-info" / "METADATA").write_text("Name: stim\nVersion: 0.1\n")
+    another_stim(tmp_path)
     with screen.open("w") as out:
         sweep = drive(machines, tmp_path, "--max-concurrent", "2", out=out)
         wait_for(sweep, lambda: any(tmp_path.glob(f"{NAME}/trials/*/steps.log")))

@@ -127,6 +127,7 @@ def test_what_no_node_has_is_refused(asked: Placement, nodes: list[Node], said: 
         "--gpu-memory 40 --gpus-per-trial 0",
         "--wait-for-nodes -1",
         "--wait-for-nodes 20000",
+        "--wait-for-nodes 15",
         "--hang-after 0",
     ],
 )
@@ -147,8 +148,8 @@ def test_flags_reach_the_placement() -> None:
     "asked", [Placement(), Placement(0.5, 4, 3, 40, "H100", 2.5), Placement(gpus=0.0, cpus=0.5, workers=4)]
 )
 def test_a_campaign_asks_for_the_same_in_each_of_its_stages(asked: Placement, tmp_path: Path) -> None:
-    assert flags.parse("doc", words(asked)).placement == asked
-    argv = ["--plan", "alphaqubit", "--profile", "demo", "--storage", str(tmp_path), *words(asked)]
+    assert flags.parse("doc", ["--address", "auto", *words(asked)]).placement == asked
+    argv = ["--address", "auto", "--plan", "alphaqubit", "--profile", "demo", "--storage", str(tmp_path), *words(asked)]
     argv += ["--audit", "0.2"]
     plan = campaign.take_order(argv, PLANS, "campaign").plan
     command = plan.command(plan.stages[0])

@@ -68,6 +68,16 @@ def teacher_file(kind: str, folder: Path) -> Path:
     return path
 
 
+def test_a_worker_that_is_killed_whenever_it_prepares_is_one_line(tmp_path: Path) -> None:
+    command, env = [sys.executable, str(TOY), "--storage", str(tmp_path)], {**os.environ, "TOY_PREPARE": "killed"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: WorkerCrashedError: ") and done.stderr.count("\n") == 1
+    )
+    assert "while it prepared what all trials share; start the sweep again" in done.stderr
+    assert not (tmp_path / NAME / "journal.jsonl").exists()
+
+
 def test_a_teacher_that_cannot_serve_is_named_by_the_script(finished: Path, tmp_path: Path) -> None:
     """Started for real, in a storage that holds a finished sweep, of which not a byte changes."""
     before, environment = content(finished), {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -121,6 +121,8 @@ def identify(job: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def prepare(job: dict[str, Any]) -> None:
+    if os.environ.get("TOY_PREPARE") == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     Path(job["cache_dir"]).mkdir(parents=True, exist_ok=True)
     for done in range(0, 4 if SLEEP else 0):
         Path(job["report"]).write_text(json.dumps(["toys", done, 3]))
