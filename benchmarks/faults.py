@@ -220,6 +220,11 @@ def worker_killed(run: Run) -> None:
     run.finish()
 
 
+def killed_between_trials(run: Run) -> None:
+    """Every worker dies just after the last report of each of its eight trials, while it becomes the next one."""
+    run.finish()
+
+
 def network_cut(run: Run) -> None:
     """The cable is out for a minute; both hosts live on."""
     run.strike()
@@ -316,8 +321,8 @@ def trial_hangs(run: Run) -> None:
 
 
 FAULTS = (
-    worker_killed, network_cut, head_killed, driver_killed, driver_and_mlflow_killed, mlflow_slow, storage_full,
-    node_preempted, clock_wrong, trial_hangs, out_of_memory,
+    worker_killed, killed_between_trials, network_cut, head_killed, driver_killed, driver_and_mlflow_killed,
+    mlflow_slow, storage_full, node_preempted, clock_wrong, trial_hangs, out_of_memory,
 )  # fmt: skip
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
@@ -359,6 +364,8 @@ def suffer(fault: Callable[[Run], None], folder: Path) -> Outcome:
             run.trials, run.flags = "hanging", ("--hang-after", "0.2")
         if fault is out_of_memory:
             run.trials = "greedy"
+        if fault is killed_between_trials:
+            run.trials = "leaving"
         run.drive()
         run.until_training(epochs=9 if run.trials == "steady" else 2)
         fault(run)

@@ -119,7 +119,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-concurrent", type=int, metavar="N", help="trials at a time (default: as many as there is room for)")
     add("--gpu-memory", type=int, metavar="GB", help=f"only cards of that size or larger (label {GPU_MEMORY})")
     add("--latency-on", metavar="TYPE", help="accelerator type on which latency is measured, e.g. H100")
-    add("--wait-for-nodes", type=float, default=0.0, metavar="MIN", help="with --address: while an autoscaler starts one")
+    add("--wait-for-nodes", type=float, default=0.0, metavar="MIN", help="with --address: for an autoscaler's")
 
 
 def words(asked: Placement) -> list[str]:

@@ -1,6 +1,8 @@
 """Sweeps over two hosts that are network namespaces: what both need, and what is refused before the first trial."""
 
+import hashlib
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -15,7 +17,9 @@ from sweeps.cluster import PACKAGES
 from sweeps.journal import SweepState
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from faults import at_work
+sys.path.append(str(Path(__file__).parents[2] / "deploy"))
+from faults import at_work, wait
+from mlflow_env import environment
 from namespaces import PORT, ROOT, Host, joined_hosts, missing
 
 pytestmark = pytest.mark.cluster
@@ -205,3 +209,44 @@ def test_another_python_is_named(hosts: tuple[Host, Host]) -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert all(f"Python: {version}" in done.stderr for version in (here, there)), done.stderr
     assert not (outside(hosts) / "python" / NAME).exists()
+
+
+@pytest.mark.slow
+def test_artifacts_reach_a_bucket_on_another_host(hosts: tuple[Host, Host]) -> None:
+    """The store, which speaks S3, is on beta, the MLflow server on alpha, the storage of the sweep a folder of both."""
+    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    alpha, beta = hosts
+    store, place = f"http://{beta.address}:5555", alpha.folder / "server"
+    moto = beta.start_process(
+        [sys.executable, "-m", "moto.server", "-H", beta.address, "-p", "5555"], beta.folder / "moto.log"
+    )
+    key = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    bucket = f"import boto3, hashlib; s3 = boto3.client('s3', endpoint_url='{store}'); "
+    wait("the bucket", lambda: not python(alpha, f"{bucket}s3.create_bucket(Bucket='sweeps')", **key).returncode, moto)
+    place.mkdir()
+    wanted = {"MLFLOW_ARTIFACTS_DESTINATION": "s3://sweeps/team", "MLFLOW_S3_ENDPOINT_URL": store, **key}
+    (place / "artifacts.env").write_text("".join(f"{name}={value}\n" for name, value in wanted.items()))
+    (place / "artifacts.env").chmod(0o600)
+    login = environment("0123456789abcdef") | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    start = ["sh", str(ROOT / "deploy" / "mlflow_server.sh"), str(place)]
+    served = alpha.start_process(start, place / "start.log", **login)
+    assert served.wait(200) == 0, (place / "start.log").read_text()
+    storage = alpha.folder.parent / "storage" / "bucket"
+    code, out, err = drive(
+        alpha, storage, "--tracking-uri", "http://127.0.0.1:5000", **login, TOY_TRIALS="steady", TOY_SLEEP="1"
+    )
+    assert code == 0 and "Not all is in MLflow" not in out, out + err
+    folder = outside(hosts) / "bucket" / NAME
+    assert {path.read_text() for path in folder.glob("trials/*/host")} == {"alpha", "beta"}
+    read = "[print(e['Key'], hashlib.sha256(s3.get_object(Bucket='sweeps', Key=e['Key'])['Body'].read()).hexdigest()) "
+    listed = python(beta, f"{bucket}{read}for e in s3.list_objects_v2(Bucket='sweeps')['Contents']]", **key).stdout
+    held = sorted((Path(line.split()[0]).name, line.split()[1]) for line in listed.splitlines())
+    logged = {folder / path for path in SweepState.replay(folder / "journal.jsonl").files}
+    assert held == sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in logged)
+    assert len(held) > 5 and not (place / "artifacts").exists()
+    moto.terminate()
+
+
+def python(host: Host, code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = host.inside(sys.executable, "-c", code)
+    return subprocess.run(command, capture_output=True, text=True, env={**host.env, **env}, timeout=60)

@@ -206,8 +206,8 @@ TRIALS = {
         Trial("T-3", combo="hangs", keyparams="", fault="hang", at=0),
     ],
     "leaving": [
-        Trial("T-1", combo=f"c{number}", keyparams="", floor=number / 2000, fault="leave", saves=f"c{number}.pth")
-        for number in range(8)
+        Trial("T-1", combo=name, keyparams="", floor=i / 2000, sleep=SLEEP, fault="leave", saves=f"{name}.pth")
+        for i, name in enumerate("abcdefgh")
     ],
     "noticed": [Trial("T-1", combo="noticed", keyparams="", floor=0.0, fault="notice", saves="noticed.pth")],
     "greedy": [
