@@ -132,6 +132,7 @@ def test_a_sweep_whose_last_node_goes_says_what_it_waits_for(
     assert screen.read_text().count("a node that has what a trial needs is up") == 2
 
 
+@pytest.mark.slow
 def test_latency_waits_when_its_last_node_goes(machines: Cluster, tmp_path: Path) -> None:
     """On the head, which has no core, nothing is measured."""
     node, screen = machines.add_node(num_cpus=2), tmp_path / "screen"
