@@ -86,12 +86,13 @@ def ask(versions: Answer, folder: Path) -> None:
     group = ray.util.get_current_placement_group()
     if group is None:
         return
-    for bundle in range(1, len(group.bundle_specs)):
-        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-        try:
-            ray.get(ray.remote(num_cpus=0, scheduling_strategy=place)(_ask).remote(versions, folder))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+    others = range(1, len(group.bundle_specs))
+    places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle) for bundle in others]
+    asked = [ray.remote(num_cpus=0, scheduling_strategy=place)(_ask).remote(versions, folder) for place in places]
+    try:
+        ray.get(asked)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
 
 
 def _ask(versions: Answer, folder: Path) -> None:

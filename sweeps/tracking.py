@@ -62,7 +62,7 @@ def default_uri(storage: str | Path) -> str:
 def masked(text: str) -> str:
     """The text with the passwords of its addresses hidden, for screens, files and MLflow."""
     text = re.sub(r"(://[^\s/:@]*:)\S+@", r"\1***@", text)
-    text = re.sub(r"(://[^\s/:@]*:)(?!\d+(?:[\s/?#]|$))[^\n@]*@", r"\1***@", text)  # with a space, but no port
+    text = re.sub(r"(://[^\s/:@]*:)(?!\d+(?:[^\w@]|$))[^\n@]*@", r"\1***@", text)  # with a space, but no port
     text = re.sub(r"(https?://)[^\s/:@]+@", r"\1***@", text)
     return re.sub(rf"(?i)({_SECRET}(?:=|%3D))(?:{_QUOTED}|(?:(?!%3B|%26)[^\s&;'\"])+)", r"\1***", text)
 

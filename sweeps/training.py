@@ -191,7 +191,7 @@ def _built_late(trainable: type[Any], versions: Mapping[str, str]) -> type[Any]:
             return {**self._trial.train(), "timestamp": time.time()}
 
         def _build(self, config: dict[str, Any]) -> None:
-            if versions and self._trial is None:
+            if versions:
                 ask(versions, Path(config["state_dir"]))
             if self._trial is not None:
                 if self._trial.reset(config, self._storage):

@@ -347,7 +347,7 @@ def test_passwords_stay_off_the_screen() -> None:
         ("http://t0ken@h:5000", "http://***@h:5000"),
         ("x postgresql://u:p@ss/w@h/d y", "x postgresql://u:***@h/d y"),
         ("http://host:5000", "http://host:5000"),
-        ("http://host:5000 is down, tell a@b", "http://host:5000 is down, tell a@b"),
+        ("http://host:5000, or http://h:1: tell a@b", "http://host:5000, or http://h:1: tell a@b"),
         ("postgresql://u:my secret@h/d", "postgresql://u:***@h/d"),
         ("postgresql://h/d?sslkey=k&sslpassword=s3cret", "postgresql://h/d?sslkey=k&sslpassword=***"),
         ("host=h password=s3cret sslpassword='my s3cret' dbname=d", "host=h password=*** sslpassword=*** dbname=d"),
