@@ -36,9 +36,12 @@ URI = "SLIMSWEEP_TRACKING_URI"
 _KINDS = "sqlite:///FILE, http://HOST:PORT, postgresql://... or mysql://..."
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
-# Of libpq (`password=... sslpassword=...`), of ODBC (`PWD={...};`, also within a URL), and what else drivers say.
-_SECRET = r"(?:password|passwd|pwd|token|secret)"
-_QUOTED = r"'[^'\n]*'|\"[^\"\n]*\"|\{[^}\n]*\}|%7B.*?%7D"
+# Of a URL's query, of libpq (`password='...' sslpassword=...`), of ODBC (`PWD={...};`, the same encoded within a URL).
+_SECRET = re.compile(
+    r"""(?ix) ((?:password|passwd|pwd|token|secret))
+    (?: (=) (?: '(?:\\.|[^'\\\n])*' | "[^"\n]*" | \{(?:\}\}|[^}\n])*\} | (?:(?!;\s*[\w\ ]+=|['"](?:\W|$))[^\s&])+ )
+      | (%3D) (?: %7B.*?%7D(?!%7D) | (?:(?!%3B|['"](?:\W|$))[^\s&])+ ) )"""
+)
 
 # What keeps MLflow quiet, at home, and from hiding an outage: the writer itself retries, and looks first, and a
 # campaign is done all the same.
@@ -62,9 +65,9 @@ def default_uri(storage: str | Path) -> str:
 def masked(text: str) -> str:
     """The text with the passwords of its addresses hidden, for screens, files and MLflow."""
     text = re.sub(r"(://[^\s/:@]*:)\S+@", r"\1***@", text)
-    text = re.sub(r"(://[^\s/:@]*:)(?!\d+(?:[^\w@]|$))[^\n@]*@", r"\1***@", text)  # with a space, but no port
+    text = re.sub(r"(://[^\s/:@\[]*:)(?!\d+(?:[^\w@]|$))[^\n@]*@", r"\1***@", text)  # with a space, but no port
     text = re.sub(r"(https?://)[^\s/:@]+@", r"\1***@", text)
-    return re.sub(rf"(?i)({_SECRET}(?:=|%3D))(?:{_QUOTED}|(?:(?!%3B|%26)[^\s&;'\"])+)", r"\1***", text)
+    return _SECRET.sub(r"\1\2\3***", text)
 
 
 def sqlite_path(uri: str) -> Path | None:

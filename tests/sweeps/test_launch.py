@@ -353,7 +353,13 @@ def test_passwords_stay_off_the_screen() -> None:
         ("host=h password=s3cret sslpassword='my s3cret' dbname=d", "host=h password=*** sslpassword=*** dbname=d"),
         ("?odbc_connect=UID%3Du%3BPWD%3Ds3cret%3BServer%3Dh", "?odbc_connect=UID%3Du%3BPWD%3D***%3BServer%3Dh"),
         ("?odbc_connect=PWD%3D%7Bs3%3Bcr et%7D%3BServer%3Dh", "?odbc_connect=PWD%3D***%3BServer%3Dh"),
-        ("UID=u;PWD={my; s3cret};Server=h", "UID=u;PWD=***;Server=h"),
+        ("UID=u;PWD={my; s3}}cret};Server=h", "UID=u;PWD=***;Server=h"),
+        ("UID=u;Pwd=s3cret;Trust Server=h", "UID=u;Pwd=***;Trust Server=h"),
+        ("mssql://h/d?driver=ODBC+Driver&pwd=s3%3B%26;'cret&x=1", "mssql://h/d?driver=ODBC+Driver&pwd=***&x=1"),
+        (r"password='my \'s3cret' x", "password=*** x"),
+        ("'postgresql://h/d?password=s3cret' --seed 1", "'postgresql://h/d?password=***' --seed 1"),
+        ("http://[::1]:5000: tell a@b", "http://[::1]:5000: tell a@b"),
+        ("password authentication failed for user u", "password authentication failed for user u"),
     ],
 )
 def test_secrets_of_addresses_are_masked(text: str, shown: str) -> None:
