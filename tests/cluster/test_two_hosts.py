@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sweeps.cluster import PACKAGES
@@ -70,6 +71,13 @@ def refused(host: Host, storage: Path, *flags: str, **env: str) -> str:
     return err
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """What was started inside: its outer process passes no signal on, and a sweep that goes on holds all cores."""
+    for one in psutil.Process(process.pid).children(recursive=True):
+        one.terminate()
+    process.wait()
+
+
 def outside(hosts: tuple[Host, Host]) -> Path:
     """The storage of both hosts as it is seen from outside of them."""
     return hosts[0].folder.parent / "shared"
@@ -114,8 +122,7 @@ def test_the_second_driver_is_told_who_is_the_first(hosts: tuple[Host, Host]) ->
         hide(beta)
         assert re.search(r"in use by process \d+ on alpha", said) and said.count("\n") == 1, said
     finally:
-        first.terminate()
-        first.wait()
+        end(first)
 
 
 def test_more_than_any_host_has_is_refused(hosts: tuple[Host, Host]) -> None:
@@ -244,7 +251,7 @@ def test_artifacts_reach_a_bucket_on_another_host(hosts: tuple[Host, Host]) -> N
     logged = {folder / path for path in SweepState.replay(folder / "journal.jsonl").files}
     assert held == sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in logged)
     assert len(held) > 5 and not (place / "artifacts").exists()
-    moto.terminate()
+    end(moto)
 
 
 def python(host: Host, code: str, **env: str) -> subprocess.CompletedProcess[str]:
